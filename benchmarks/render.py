@@ -1,0 +1,88 @@
+"""Write the tables that README shows from the results kept as JSON: no figure is typed by hand.
+
+python benchmarks/render.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from pyro_vae.checkpoint import write_text
+from pyro_vae.report import markdown_table
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def two_stage_mnist(record: dict[str, Any]) -> str:
+    """Return the table of SRVAE's readings beside the one-stage VAE on MNIST."""
+    header = ["", "parameters", "estimated", "test −ELBO, nats", "log-likelihood, nats", "bits/dim"]
+    rows = []
+    for name, row in record["results"]["models"].items():
+        bits = row["bits_per_dimension"]
+        rows.append(
+            [
+                name,
+                f"{row['parameters']:,}".replace(",", " "),
+                row["quantity"],
+                f"{row['test_negative_elbo'][-1]:.1f}",
+                f"{row['log_likelihood']:.1f} ± {row['standard_error']:.1f} (MC {row['monte_carlo_error']:.2f})",
+                "no such thing" if bits is None else f"{bits:.4f}",
+            ]
+        )
+    model = next(iter(record["results"]["models"].values()))
+    compared = ("VAE", "SRVAE, discretised")
+    times = [f"{record['results']['models'][name]['training_seconds']:.0f} s ({name})" for name in compared]
+    return (
+        f"{markdown_table(header, rows)}\n\n"
+        f"{record['results']['epochs']} epochs each, seed {record['results']['seed']}; the bound on all 10 000 test "
+        f"digits, the log-likelihood with K = {model['num_particles']} on the first {model['data']} after a seeded "
+        f"shuffle, ± standard error over data (MC: its Monte Carlo part). Training took "
+        f"{', '.join(times)}. {provenance(record)}"
+    )
+
+
+def four_loops(record: dict[str, Any]) -> str:
+    """Return the table of final losses by training loop and seed."""
+    loops = record["results"]["loops"]
+    seeds = range(len(next(iter(loops.values()))["final_losses"]))
+    header = ["loop", *(f"seed {seed}" for seed in seeds), "distance from the first"]
+    rows = [
+        [name, *(f"{value:.4f}" for value in row["final_losses"]), f"{row['parameter_distance']:.1e}"]
+        for name, row in loops.items()
+    ]
+    return (
+        f"{markdown_table(header, rows)}\n\n"
+        f"Test −ELBO (nats per datum, of log p(x, y)) after {record['results']['steps']} steps in float64, and the "
+        f"largest relative distance between the trained parameters and those of the first row. {provenance(record)}"
+    )
+
+
+def provenance(record: dict[str, Any]) -> str:
+    """Return one sentence on where a record was made."""
+    versions, machine = record["versions"], record["machine"]
+    return (
+        f"{machine['cores']} cores, {machine['processor']}, torch {versions['torch']}, pyro {versions['pyro']}; "
+        f"{record['seconds']:.0f} s and {record['peak_memory_mib']} MiB at most for the whole script."
+    )
+
+
+TABLES = {"two_stage_mnist": two_stage_mnist, "four_loops": four_loops}
+
+
+def rendered(text: str) -> str:
+    """Return a document with every ``<!-- table: name -->`` block replaced by its table."""
+    for name, render in TABLES.items():
+        table = render(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")))
+        block = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
+        text = re.sub(block, lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text, flags=re.DOTALL)
+    return text
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    write_text(readme, rendered(readme.read_text(encoding="utf-8")))
+    print(f"wrote {readme}")

@@ -1,0 +1,85 @@
+"""Deep latent-variable models as readable Pyro model/guide pairs, with log-likelihoods that can be checked."""
+
+from pyro_vae import data, models, objectives, testing
+from pyro_vae._version import __version__
+from pyro_vae.ais import (
+    AnnealedLogLikelihood,
+    BidirectionalLogLikelihood,
+    annealed_log_likelihood,
+    bidirectional_log_likelihood,
+)
+from pyro_vae.analytic import AnalyticLoss, analytic_loss
+from pyro_vae.conditionals import (
+    Bernoulli,
+    Conditional,
+    ContinuousBernoulli,
+    DiagonalGaussian,
+    DiscretisedLogistic,
+    FreeGaussian,
+    FullGaussian,
+    Gaussian,
+    Head,
+    MixtureOfGaussians,
+    StandardNormal,
+)
+from pyro_vae.diagnostics import CollapseReport, SiteReport, collapse_report
+from pyro_vae.divergences import convex_kl_bound, monte_carlo_kl, variational_kl_bound
+from pyro_vae.dreg import DReG
+from pyro_vae.evaluate import LogLikelihood, log_likelihood, naive_log_likelihood
+from pyro_vae.gap import InferenceGap, inference_gap
+from pyro_vae.pair import LogTerms, Pair, SiteTerms, log_terms, site_terms
+from pyro_vae.predict import generate, impute, posterior, reconstruct, super_resolve
+from pyro_vae.scales import BatchOptimalScale, FixedScale, LearnedScale
+from pyro_vae.train import Run, fit
+
+__all__ = [
+    "AnalyticLoss",
+    "AnnealedLogLikelihood",
+    "BatchOptimalScale",
+    "Bernoulli",
+    "BidirectionalLogLikelihood",
+    "CollapseReport",
+    "Conditional",
+    "ContinuousBernoulli",
+    "DReG",
+    "DiagonalGaussian",
+    "DiscretisedLogistic",
+    "FixedScale",
+    "FreeGaussian",
+    "FullGaussian",
+    "Gaussian",
+    "Head",
+    "InferenceGap",
+    "LearnedScale",
+    "LogLikelihood",
+    "LogTerms",
+    "MixtureOfGaussians",
+    "Pair",
+    "Run",
+    "SiteReport",
+    "SiteTerms",
+    "StandardNormal",
+    "__version__",
+    "analytic_loss",
+    "annealed_log_likelihood",
+    "bidirectional_log_likelihood",
+    "collapse_report",
+    "convex_kl_bound",
+    "data",
+    "fit",
+    "generate",
+    "impute",
+    "inference_gap",
+    "log_likelihood",
+    "log_terms",
+    "models",
+    "monte_carlo_kl",
+    "naive_log_likelihood",
+    "objectives",
+    "posterior",
+    "reconstruct",
+    "site_terms",
+    "super_resolve",
+    "testing",
+    "variational_kl_bound",
+]

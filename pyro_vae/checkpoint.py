@@ -1,0 +1,126 @@
+"""Files written whole or not at all, and read without executing anything in them."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from pyro_vae.pair import Pair
+
+__all__ = ["load_parameters", "load_state", "read_json", "save_parameters", "save_state", "write_text"]
+
+
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, then put it in place in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{secrets.token_hex(4)}.{path.name}")
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_whole(path, write)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ValueError: when the file is absent or holds no JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path} does not exist: {path.parent} is no run folder, or its training never began"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged: it holds no JSON object")
+    return value
+
+
+def save_parameters(pair: Pair, path: Path) -> None:
+    """Write a pair's parameters and buffers as safetensors, with the model's name in the header."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in pair.state_dict().items()}
+    metadata = {"format": "pyro_vae", "model": type(pair).__name__}
+    write_whole(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata))
+
+
+def load_parameters(pair: Pair, path: Path) -> None:
+    """Load what :func:`save_parameters` wrote into a pair of the same model.
+
+    Raises:
+        ValueError: for an absent, damaged or foreign file, one of another model, one of other shapes; the pair is
+            then unchanged.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: this run has no checkpoint yet")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator of its own)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from error
+    if metadata.get("format") != "pyro_vae":
+        raise ValueError(f"{path} was not written by pyro_vae")
+    if metadata.get("model") != type(pair).__name__:
+        raise ValueError(f"{path} is a checkpoint of {metadata.get('model')}, not of {type(pair).__name__}")
+    restore(pair, tensors, path)
+
+
+def restore(pair: Pair, tensors: dict[str, Tensor], path: Path) -> None:
+    """Put parameters and buffers into a pair, all or none.
+
+    Raises:
+        ValueError: when names or shapes are not the pair's.
+    """
+    own = pair.state_dict()
+    shapes, theirs = ({name: tensor.shape for name, tensor in state.items()} for state in (own, tensors))
+    if wrong := sorted(name for name in shapes | theirs if shapes.get(name) != theirs.get(name)):
+        raise ValueError(f"{path} holds a {type(pair).__name__} of other shapes or parts: {', '.join(wrong[:5])}")
+    pair.load_state_dict(tensors)
+
+
+def save_state(state: dict[str, Any], path: Path) -> None:
+    """Write everything a resumed run needs: tensors, numbers and strings only."""
+    write_whole(path, lambda temporary: torch.save({"format": "pyro_vae", **state}, temporary))
+
+
+def load_state(path: Path, model: str) -> dict[str, Any]:
+    """Read what :func:`save_state` wrote, without unpickling code.
+
+    Raises:
+        ValueError: for an absent, damaged or foreign file, and for one of another model.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: there is nothing to resume")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for many kinds of damage
+        raise ValueError(f"{path} is damaged, or no checkpoint ({type(error).__name__})") from error
+    if not isinstance(state, dict) or state.get("format") != "pyro_vae":
+        raise ValueError(f"{path} was not written by pyro_vae")
+    if state.get("model") != model:
+        raise ValueError(f"{path} is a checkpoint of {state.get('model')}, not of {model}")
+    return state

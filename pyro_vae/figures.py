@@ -1,0 +1,165 @@
+"""The figures of a run folder, each a function of the pair, its data and its metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib.figure
+import torch
+from torch import Tensor
+
+from pyro_vae.checkpoint import write_whole
+from pyro_vae.conditionals import MixtureOfGaussians
+from pyro_vae.data import DataSet
+from pyro_vae.pair import Pair
+from pyro_vae.predict import SuperResolution, generate, posterior, reconstruct, super_resolve
+from pyro_vae.randomness import own_random_state
+
+__all__ = ["FIGURES", "image_grid", "save_figure", "super_resolution_grid"]
+
+Figure = matplotlib.figure.Figure
+Draw = Callable[[Pair, DataSet, list[dict[str, Any]]], Figure | None]
+
+
+def image_grid(rows: list[Tensor], labels: list[str], title: str, columns: list[str] | None = None) -> Figure:
+    """Draw rows of images, each (N, C, H, W) with values in [0, 1], with a label beside each row.
+
+    >>> image_grid([torch.rand(3, 1, 4, 4)], ["x"], "noise").get_suptitle()
+    'noise'
+    """
+    count = max(len(row) for row in rows)
+    figure = Figure(figsize=(1.3 + 0.75 * count, 0.6 + 0.75 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), count, squeeze=False)
+    for i, (row, label) in enumerate(zip(rows, labels, strict=True)):
+        for j in range(count):
+            ax = axes[i, j]
+            ax.set_xticks([])
+            ax.set_yticks([])
+            if j >= len(row):
+                ax.axis("off")
+                continue
+            image = row[j].detach().cpu().clamp(0, 1).permute(1, 2, 0).squeeze(-1).numpy()
+            ax.imshow(image, cmap=None if image.ndim == 3 else "gray", vmin=0, vmax=1, interpolation="nearest")
+            if j == 0:
+                ax.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
+            if i == 0 and columns is not None:
+                ax.set_title(columns[j], fontsize=9)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure whole or not at all."""
+    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
+
+
+def loss(pair: Pair, data: DataSet, metrics: list[dict[str, Any]]) -> Figure | None:
+    """Draw −ELBO, its terms and the learned scales over epochs."""
+    if not metrics:
+        return None
+    epochs = [record["epoch"] for record in metrics]
+    scales = list(metrics[-1]["monitor"])
+    panels = 3 if scales else 2
+    figure = Figure(figsize=(4.2 * panels, 3.4), layout="constrained")
+    axes = figure.subplots(1, panels)
+    axes[0].plot(epochs, [r["loss"] for r in metrics], label="training")
+    if metrics[-1]["validation_loss"] is not None:
+        axes[0].plot(epochs, [r["validation_loss"] for r in metrics], label="validation")
+    axes[0].set_ylabel("−ELBO (nats per datum)")
+    for name in metrics[-1]["terms"]:
+        axes[1].plot(epochs, [r["terms"][name] for r in metrics], label=name)
+    axes[1].set_ylabel("share of −ELBO by site (nats)")
+    if scales:
+        for name in scales:
+            axes[2].plot(epochs, [r["monitor"][name] for r in metrics], label=name.removesuffix(".head.scale"))
+        axes[2].set_ylabel("learned scale (unit of the data)")
+        axes[2].set_yscale("log")
+    for ax in axes:
+        ax.set_xlabel("epoch")
+        ax.legend(fontsize=8)
+        ax.grid(alpha=0.3)
+    return figure
+
+
+def reconstructions(pair: Pair, data: DataSet, metrics: list[dict[str, Any]]) -> Figure | None:
+    """Draw test data above their reconstructions."""
+    x = data.test[:10]
+    return image_grid(
+        [x, reconstruct(pair, x, seed=0).mean[0]], ["test x", "E[x | z]"], f"Reconstructions, {data.name}"
+    )
+
+
+def samples(pair: Pair, data: DataSet, metrics: list[dict[str, Any]]) -> Figure | None:
+    """Draw means of p(x | …) for latents from the prior, one row per mixture component."""
+    prior, site = getattr(pair, "prior", None), "u" if hasattr(pair, "y_shape") else "z"
+    if not isinstance(prior, MixtureOfGaussians):
+        rows = list(generate(pair, 50, seed=0).mean.split(10))
+        return image_grid(rows, [""] * len(rows), f"Samples, {data.name}")
+    order = prior.logits.detach().softmax(-1).argsort(descending=True)[:10]
+    weights = prior.logits.detach().softmax(-1)
+    rows, labels = [], []
+    with torch.no_grad(), own_random_state(0):
+        for component in order.tolist():
+            draws = prior.means[component] + prior.log_scales[component].exp() * torch.randn(
+                10, prior.size, device=prior.means.device
+            )
+            rows.append(generate(pair, 10, given={site: draws}, seed=0).mean)
+            labels.append(f"w = {float(weights[component]):.2f}")
+    return image_grid(rows, labels, f"Samples by mixture component, {data.name}")
+
+
+def super_resolution(pair: Pair, data: DataSet, metrics: list[dict[str, Any]]) -> Figure | None:
+    """Draw several x for each y, their mean and pixel-wise spread, and the truth."""
+    if not hasattr(pair, "low_resolution_guide"):
+        return None
+    x = data.test[:5]
+    y = pair.down_scale(x)  # type: ignore[operator]
+    return super_resolution_grid(x, y, super_resolve(pair, y, num_samples=64, seed=0), data.name)
+
+
+def super_resolution_grid(x: Tensor, y: Tensor, result: SuperResolution, name: str) -> Figure:
+    """Draw up to five y, each with five draws of x, their mean and spread, and the truth."""
+    result = SuperResolution(*(field.cpu() for field in result))
+    shown = min(5, len(result.means))
+    rows = []
+    for i in range(min(5, len(x))):
+        images = [_enlarge(y[i].cpu(), x.shape[-2:]), *result.means[:shown, i], result.samples[:, i].mean(0)]
+        rows.append(torch.stack([*images, result.spread[i] / result.spread.max(), x[i].cpu()]))
+    columns = ["y", *(f"E[x|y,z{k}]" for k in "₁₂₃₄₅"[:shown]), "mean", "spread", "true x"]
+    title = f"Super-resolution, {name} (spread: white = {float(result.spread.max()):.2f})"
+    return image_grid(rows, [""] * len(rows), title, columns)
+
+
+def latent_map(pair: Pair, data: DataSet, metrics: list[dict[str, Any]]) -> Figure | None:
+    """Draw the guide's means for test data on their two leading principal axes."""
+    latents = posterior(pair, data.test[:1000], num_particles=8, seed=0).latents
+    continuous = [name for name in ("u", "z") if name in latents and latents[name].dim() == 3]
+    figure = Figure(figsize=(4.2 * len(continuous), 3.8), layout="constrained")
+    axes = figure.subplots(1, len(continuous), squeeze=False)[0]
+    for ax, name in zip(axes, continuous, strict=True):
+        means = latents[name].mean(0).cpu()
+        means = means - means.mean(0)
+        _, _, directions = torch.linalg.svd(means, full_matrices=False)
+        points = means @ directions[:2].mT if means.shape[-1] > 1 else torch.cat([means, 0 * means], -1)
+        labels = None if data.test_labels is None else data.test_labels[: len(points)].numpy()
+        scatter = ax.scatter(points[:, 0].numpy(), points[:, -1].numpy(), c=labels, cmap="tab10", s=8)
+        ax.set_xlabel(f"first principal axis of E[{name} | x]")
+        ax.set_ylabel("second")
+        if labels is not None:
+            figure.colorbar(scatter, ax=ax, label="class")
+    return figure
+
+
+def _enlarge(image: Tensor, size: torch.Size) -> Tensor:
+    return torch.nn.functional.interpolate(image[None], size, mode="nearest")[0]
+
+
+FIGURES: dict[str, Draw] = {
+    "loss": loss,
+    "reconstructions": reconstructions,
+    "super_resolution": super_resolution,
+    "samples": samples,
+    "latent_map": latent_map,
+}

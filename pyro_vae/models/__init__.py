@@ -1,0 +1,23 @@
+"""One file per published model: the generative model in the docstring, then the pair.
+
+``OPTIONS`` names the models that the command line trains; each builds its pair from typed options and a data set.
+"""
+
+from pyro_vae.models.linear_gaussian import LinearGaussianMixtureVAE, LinearGaussianVAE, LinearTwoStageVAE
+from pyro_vae.models.srvae import SRVAE, SRVAELoss, SRVAEOptions
+from pyro_vae.models.vae import VAE, VAELoss, VAEOptions
+
+__all__ = [
+    "OPTIONS",
+    "SRVAE",
+    "VAE",
+    "LinearGaussianMixtureVAE",
+    "LinearGaussianVAE",
+    "LinearTwoStageVAE",
+    "SRVAELoss",
+    "SRVAEOptions",
+    "VAELoss",
+    "VAEOptions",
+]
+
+OPTIONS = {"vae": VAEOptions, "srvae": SRVAEOptions}

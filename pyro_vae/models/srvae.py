@@ -1,0 +1,244 @@
+"""The two-stage conditional variational auto-encoder, SRVAE.
+
+    p(x, y, u, z) = p(u) p(y | u) p(z | y, u) p(x | y, z)
+    q(y, u, z | x) = q(y | x) q(u | y) q(z | x)
+
+    −ELBO = E[−log p(x | y, z)] + E[−log p(y | u)] + KL(q(u | y) ‖ p(u)) + E KL(q(z | x) ‖ p(z | y, u)) − H[q(y | x)]
+
+y is a down-scaled x. Three readings of q(y | x), which decide what the bound is a bound on (``docs/mathematics.md``):
+
+* ``delta``: a point mass on d(x), y continuous. The bound is on the joint log p(x, y = d(x)), the documents' choice.
+* ``gaussian``: N(d(x), s² I), y a latent. The bound is on log p(x).
+* ``discretised``: a point mass on d(x) rounded to the data's levels, p(y | u) a probability mass. The bound is on
+  log p(x), since p(x) = Σ_y p(x, y) ≥ p(x, d(x)).
+
+Reference: Gatopoulos, Stol and Tomczak (2020), Super-resolution variational auto-encoders, arXiv:2006.05218.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d
+
+from pyro_vae.analytic import reconstruction
+from pyro_vae.conditionals import (
+    Conditional,
+    DiagonalGaussian,
+    DiscretisedLogistic,
+    Gaussian,
+    Head,
+    MixtureOfGaussians,
+    StandardNormal,
+)
+from pyro_vae.data import DataSet
+from pyro_vae.divergences import MixtureKL, gaussian_entropy, kl_diagonal, kl_to_prior
+from pyro_vae.models.options import LikelihoodName, ScaleName, levels_of, make_likelihood, make_prior
+from pyro_vae.networks import MLP, default_decoder, default_encoder
+from pyro_vae.pair import Pair
+from pyro_vae.scales import LearnedScale, Scale
+
+__all__ = ["SRVAE", "SRVAELoss", "SRVAEOptions"]
+
+Transition = Literal["delta", "gaussian", "discretised"]
+
+
+class SRVAELoss(NamedTuple):
+    """Each site's share of −ELBO, (B,), in nats.
+
+    ``x``: E[−log p(x | y, z)]; ``y``: E[−log p(y | u)] − H[q(y | x)], the entropy counted in reading ``gaussian``
+    only; ``u``: KL(q(u | y) ‖ p(u)); ``z``: E KL(q(z | x) ‖ p(z | y, u)).
+    """
+
+    x: Tensor
+    y: Tensor
+    u: Tensor
+    z: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """−ELBO per datum, (B,)."""
+        return self.x + self.y + self.u + self.z
+
+
+class AveragePool(nn.Module):
+    """d(x): the mean over blocks of scale × scale pixels, rounded to ``levels`` gray levels where given."""
+
+    def __init__(self, scale: int, levels: int | None = None) -> None:
+        super().__init__()
+        self.scale, self.levels = scale, levels
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = avg_pool2d(x, self.scale)
+        return y if self.levels is None else torch.round(y * (self.levels - 1)) / (self.levels - 1)
+
+
+class SRVAE(Pair):
+    """Pair p(u) p(y | u) p(z | y, u) p(x | y, z) with q(y | x) q(u | y) q(z | x).
+
+    Args:
+        x_shape: (C, H, W).
+        scale: whole factor by which y is smaller than x.
+        prior: p(u), :class:`~pyro_vae.StandardNormal` or :class:`~pyro_vae.MixtureOfGaussians`.
+        transition: the reading of q(y | x), see the module.
+        likelihood: the head of p(x | y, z); Gaussian with one learned γ₁ by default.
+        y_likelihood: the head of p(y | u); Gaussian with one learned γ₂ by default, discretised logistic on ``levels``
+            in reading ``discretised``.
+        levels: the data's number of gray levels, needed by reading ``discretised``.
+        transition_scale: s of reading ``gaussian``, learned from 0.05 by default, or fixed.
+        z_size: size of z, by default that of u.
+        networks: modules of the user's own by conditional: ``q_u``, ``q_z``, ``p_y``, ``p_z``, ``p_x``. ``p_z`` and
+            ``p_x`` are called with (y, u) and (y, z).
+
+    Raises:
+        ValueError: for an image size that the scale does not divide, an unknown transition or network name, missing
+            levels.
+
+    >>> import torch, pyro_vae as pv
+    >>> pair = SRVAE((1, 8, 8), scale=2, prior=pv.MixtureOfGaussians(10, 16), transition="delta")
+    >>> pv.analytic_loss(pair, torch.rand(5, 1, 8, 8)).total.shape
+    torch.Size([5])
+    """
+
+    def __init__(
+        self,
+        x_shape: Sequence[int],
+        scale: int,
+        prior: StandardNormal | MixtureOfGaussians,
+        transition: Transition = "delta",
+        likelihood: Head | None = None,
+        y_likelihood: Head | None = None,
+        *,
+        levels: int | None = None,
+        transition_scale: Scale | None = None,
+        z_size: int | None = None,
+        networks: dict[str, nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        self.x_shape = tuple(x_shape)
+        self.y_shape = _low_resolution(self.x_shape, scale)
+        if transition not in ("delta", "gaussian", "discretised"):
+            raise ValueError(f"transition is '{transition}'; choose 'delta', 'gaussian' or 'discretised'")
+        if transition == "discretised" and levels is None:
+            raise ValueError("transition 'discretised' needs levels, the data's number of gray levels (data.levels)")
+        self.transition, self.prior = transition, prior
+        z_size = prior.size if z_size is None else z_size
+        p_x = likelihood or Gaussian()
+        on_levels = levels if transition == "discretised" else None
+        p_y = y_likelihood or (DiscretisedLogistic(on_levels) if on_levels else Gaussian())
+        self.down_scale = AveragePool(scale, on_levels)
+        if transition == "gaussian":
+            # Half a gray level of 256 would be invisible; a tenth of the range would blur y away: start in between.
+            self.s = transition_scale or LearnedScale(initial=0.05)
+        self._build(p_x, p_y, z_size, dict(networks or {}))
+
+    def _build(self, p_x: Head, p_y: Head, z_size: int, networks: dict[str, nn.Module]) -> None:
+        gaussian = DiagonalGaussian()
+        x, y, u, z = self.x_shape, self.y_shape, (self.prior.size,), (z_size,)
+
+        def conditional(name: str, default: nn.Module, head: Head, event: tuple[int, ...]) -> Conditional:
+            return Conditional(networks.pop(name, default), head, event)
+
+        self.q_u = conditional("q_u", default_encoder(y, gaussian.num_outputs(u)), gaussian, u)
+        self.q_z = conditional("q_z", default_encoder(x, gaussian.num_outputs(z)), gaussian, z)
+        self.p_y = conditional("p_y", default_decoder([u], y, p_y.num_outputs(y)), p_y, y)
+        self.p_z = conditional("p_z", MLP([y, u], gaussian.num_outputs(z)), gaussian, z)
+        self.p_x = conditional("p_x", default_decoder([y, z], x, p_x.num_outputs(x)), p_x, x)
+        if networks:
+            raise ValueError(f"networks names {sorted(networks)}; the conditionals are q_u, q_z, p_y, p_z and p_x")
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            u = pyro.sample("u", self.prior())
+            y = pyro.sample("y", self.p_y(u))
+            z = pyro.sample("z", self.p_z(y, u))
+            pyro.sample("x", self.p_x(y, z), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            q_y = self.q_y(x)
+            if self.transition == "gaussian":
+                y = pyro.sample("y", q_y)
+                pyro.sample("u", self.q_u(y))
+            else:
+                # y is known before it is drawn: the model's own order then suits TraceMeanField_ELBO, and the encoder
+                # of u sees B data rather than K × B.
+                pyro.sample("u", self.q_u(q_y.v))
+                pyro.sample("y", q_y)
+            pyro.sample("z", self.q_z(x))
+
+    def q_y(self, x: Tensor) -> dist.Distribution:
+        """Return q(y | x) in the pair's reading."""
+        y = self.down_scale(x)
+        return dist.Normal(y, self.s()).to_event(3) if self.transition == "gaussian" else dist.Delta(y, event_dim=3)
+
+    def low_resolution_guide(self, y: Tensor) -> None:
+        """Sample the latents that a low-resolution image determines: q(u | y). Super-resolution starts here."""
+        with pyro.plate("data", len(y)):
+            pyro.sample("u", self.q_u(y))
+
+    def closed_form(self, x: Tensor, *, num_particles: int, mixture_kl: MixtureKL) -> SRVAELoss:
+        """Return the documents' loss: see :func:`pyro_vae.analytic_loss`."""
+        q_y = self.q_y(x)
+        entropy = torch.zeros((), dtype=x.dtype, device=x.device)
+        if self.transition == "gaussian":
+            y = q_y.rsample((num_particles,))
+            entropy = gaussian_entropy(self.s(), y[0, 0].numel())
+        else:
+            y = q_y.v
+        q_u = self.q_u(y)
+        # One y in all gives q(u | y) a batch (B,); K draws of y give (K, B), one u for each.
+        u = q_u.rsample() if self.transition == "gaussian" else q_u.rsample((num_particles,))
+        q_z = self.q_z(x)
+        z = q_z.rsample((num_particles,))
+        p_z = self.p_z(y, u).base_dist
+        kl_u = kl_to_prior(q_u, self.prior(), mixture_kl)
+        return SRVAELoss(
+            x=reconstruction(self.p_x(y, z), x).mean(0),
+            y=reconstruction(self.p_y(u), y).mean(0) - entropy,
+            u=kl_u.mean(0) if kl_u.dim() > 1 else kl_u,
+            z=kl_diagonal(q_z.base_dist.loc, q_z.base_dist.scale, p_z.loc, p_z.scale).mean(0),
+        )
+
+
+@dataclass(frozen=True)
+class SRVAEOptions:
+    """Two-stage VAE: p(u) p(y | u) p(z | y, u) p(x | y, z), y a down-scaled x."""
+
+    latent: int = 16
+    """Size of u, and of z."""
+    factor: int = 2
+    """Whole factor by which y is smaller than x."""
+    components: int = 10
+    """Gaussians in the prior on u; 1 is N(0, I)."""
+    transition: Transition = "delta"
+    """Reading of q(y | x); it decides what the bound is a bound on."""
+    likelihood: LikelihoodName = "gaussian"
+    """Distribution of x given y and z."""
+    scale: ScaleName = "scalar"
+    """What a Gaussian likelihood's noise is learned for, or that each batch takes its optimum."""
+
+    def build(self, data: DataSet) -> SRVAE:
+        """Return the pair for a data set."""
+        levels = levels_of(data) if self.transition == "discretised" else None
+        prior = make_prior(self.latent, self.components)
+        likelihood = make_likelihood(self.likelihood, self.scale, data)
+        y_likelihood = make_likelihood("discretised-logistic" if levels else "gaussian", "scalar", data)
+        return SRVAE(data.x_shape, self.factor, prior, self.transition, likelihood, y_likelihood, levels=levels)
+
+
+def _low_resolution(x_shape: tuple[int, ...], scale: int) -> tuple[int, int, int]:
+    if len(x_shape) != 3:
+        raise ValueError(f"x_shape is {x_shape}; SRVAE models images (channels, height, width)")
+    channels, height, width = x_shape
+    if scale < 2 or height % scale or width % scale:
+        raise ValueError(
+            f"scale is {scale}, the image {height} × {width}: choose a scale of at least 2 that divides both"
+        )
+    return channels, height // scale, width // scale

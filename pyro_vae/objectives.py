@@ -1,0 +1,127 @@
+"""What training maximises: pure functions of :class:`~pyro_vae.pair.LogTerms`, per datum, in nats."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from pyro_vae.pair import LogTerms
+
+__all__ = ["Objective", "beta_elbo", "elbo", "iwae", "renyi"]
+
+Objective: TypeAlias = Callable[[LogTerms], Tensor]
+
+
+def elbo(terms: LogTerms) -> Tensor:
+    """Average the log-weights over particles: the evidence lower bound.
+
+    (1/K) Σ_k [log p(x, z_k) − log q(z_k | x)]
+
+    Args:
+        terms: log-densities, each (K, B).
+
+    Returns:
+        (B,), in nats.
+
+    >>> elbo(LogTerms(torch.zeros(4, 2), torch.zeros(4, 2), torch.ones(4, 2)))
+    tensor([-1., -1.])
+    """
+    return terms.log_weights.mean(0)
+
+
+def iwae(terms: LogTerms) -> Tensor:
+    """Average the weights themselves over particles: the importance-weighted bound.
+
+    log (1/K) Σ_k p(x, z_k) / q(z_k | x)
+
+    Args:
+        terms: log-densities, each (K, B).
+
+    Returns:
+        (B,), in nats; in expectation between the ELBO and log p(x).
+
+    Reference:
+        Burda, Grosse and Salakhutdinov (2016), Importance weighted autoencoders, ICLR.
+
+    >>> iwae(LogTerms(torch.zeros(4, 2), torch.zeros(4, 2), torch.ones(4, 2)))
+    tensor([-1., -1.])
+    """
+    return torch.logsumexp(terms.log_weights, 0) - math.log(len(terms.log_weights))
+
+
+def renyi(alpha: float) -> Objective:
+    """Return the variational Rényi bound of order α, the ELBO at α = 1 and the importance-weighted bound at α = 0.
+
+    1/(1 − α) · log (1/K) Σ_k [p(x, z_k) / q(z_k | x)]^(1 − α)
+
+    For the same draws it never rises with α. In expectation it is a lower bound on log p(x) for α ≥ 0 at any K.
+
+    Args:
+        alpha: α, any finite number; below 0 it tends to an upper bound as K grows, but with few particles it may lie on
+            either side.
+
+    Returns:
+        An objective, log-terms (K, B) to (B,), in nats, named ``renyi(α)``.
+
+    Raises:
+        ValueError: for α that is not finite.
+
+    Reference:
+        Li and Turner (2016), Rényi divergence variational inference, NeurIPS.
+
+    >>> renyi(0.5)(LogTerms(torch.zeros(4, 2), torch.zeros(4, 2), torch.ones(4, 2)))
+    tensor([-1., -1.])
+    """
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha is {alpha}; the order of a Rényi bound must be a finite number")
+
+    def objective(terms: LogTerms) -> Tensor:
+        if alpha == 1:
+            return elbo(terms)
+        order = 1 - alpha
+        powers = torch.logsumexp(order * terms.log_weights, 0) - math.log(len(terms.log_weights))
+        return powers / order
+
+    return _named(objective, f"renyi({alpha:g})")
+
+
+def beta_elbo(beta: float) -> Objective:
+    """Return the ELBO with its divergence weighed by β.
+
+    (1/K) Σ_k [log p(x | z_k) + β (log p(z_k) − log q(z_k | x))]
+
+    In expectation it is the ELBO − (β − 1) KL(q(z | x) ‖ p(z)): a bound on log p(x) for β ≥ 1, and a penalty otherwise.
+    A site that the guide fixes to a point mass counts as data and keeps its weight.
+
+    Args:
+        beta: β ≥ 0.
+
+    Returns:
+        An objective, log-terms (K, B) to (B,), in nats, named ``beta_elbo(β)``.
+
+    Raises:
+        ValueError: for β that is negative or not finite.
+
+    Reference:
+        Higgins et al. (2017), β-VAE: learning basic visual concepts with a constrained variational framework, ICLR.
+
+    >>> beta_elbo(4.0)(LogTerms(torch.zeros(4, 2), torch.zeros(4, 2), torch.ones(4, 2)))
+    tensor([-4., -4.])
+    """
+    if not 0 <= beta < math.inf:
+        raise ValueError(f"beta is {beta}; the weight of the divergence must be finite and at least 0")
+
+    def objective(terms: LogTerms) -> Tensor:
+        return (terms.log_lik + beta * (terms.log_prior - terms.log_guide)).mean(0)
+
+    return _named(objective, f"beta_elbo({beta:g})")
+
+
+def _named(objective: Objective, name: str) -> Objective:
+    # A run's configuration keeps the loss by this name, so that a resumed run is refused under another α or β.
+    objective.__name__ = name
+    return objective

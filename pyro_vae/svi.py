@@ -1,0 +1,197 @@
+"""One training step: Pyro's ELBO run eagerly, and what every way of taking a step shares.
+
+A step is a callable ``step(*batch, beta=1.0) -> loss`` that updates the parameters once and returns the mean loss per
+datum in nats. ``fit`` knows no more than that, so that a faster step is one more function here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeAlias
+
+import pyro
+import torch
+from pyro.infer import ELBO, ReweightedWakeSleep, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+
+from pyro_vae.objectives import Objective
+from pyro_vae.pair import Pair, bare, device_of, evaluation, log_terms, sample_sites, to_pair, trace_pair
+from pyro_vae.randomness import own_random_state
+
+__all__ = ["Loss", "NonFiniteLossError", "Step", "eager_step", "scaled_latents"]
+
+Loss: TypeAlias = ELBO | Objective
+
+
+class NonFiniteLossError(ValueError):
+    """The loss of a batch is NaN or infinite; the parameters are still those from before the step."""
+
+
+class Step(Protocol):
+    """Update the parameters once and return the mean loss per datum, in nats."""
+
+    def __call__(self, *batch: Tensor, beta: float = 1.0) -> float: ...
+
+
+def eager_step(
+    pair: Pair,
+    loss: Loss,
+    optimizer: torch.optim.Optimizer,
+    *,
+    num_particles: int = 1,
+    clip_norm: float | None = None,
+) -> Step:
+    """Return the reference step: the ELBO's own ``loss_and_grads``, which is what ``SVI.step`` calls.
+
+    Gradients are those of the mean per datum, whatever the ELBO sums; clipping is by their global norm.
+
+    Args:
+        pair: the pair to train.
+        loss: any Pyro ELBO, or an objective, a function of log-terms to maximise.
+        optimizer: over the pair's parameters.
+        num_particles: draws per datum for an objective; a Pyro ELBO holds its own.
+        clip_norm: largest global norm of the gradient.
+
+    Returns:
+        A step that raises :class:`NonFiniteLossError` before it would update from a loss that is not finite.
+    """
+    return updating_step(eager_backward(pair, loss, num_particles), optimizer, clip_norm)
+
+
+class Backward(Protocol):
+    """Leave the gradients of a batch's summed loss in ``p.grad`` and return that loss, in nats."""
+
+    def __call__(self, *batch: Tensor, beta: float = 1.0) -> float: ...
+
+
+def eager_backward(pair: Pair, loss: Loss, num_particles: int = 1) -> Backward:
+    """Return the pass through a Pyro ELBO or an objective, forth and back."""
+
+    def backward(*batch: Tensor, beta: float = 1.0) -> float:
+        with scaled_latents(beta):
+            if isinstance(loss, ELBO):
+                return loss.loss_and_grads(pair.model, pair.guide, *batch)
+            value = -loss(log_terms(pair, *batch, num_particles=num_particles)).sum()
+            value.backward()
+            return value.item()
+
+    return backward
+
+
+def updating_step(backward: Backward, optimizer: torch.optim.Optimizer, clip_norm: float | None) -> Step:
+    """Return the step that follows a backward pass by the mean per datum, clipping and the optimiser."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def step(*batch: Tensor, beta: float = 1.0) -> float:
+        # Before the pass, not after it: gradients that others left, or an interrupted step, must not enter.
+        optimizer.zero_grad()
+        total = backward(*batch, beta=beta)
+        if not math.isfinite(total):
+            raise NonFiniteLossError(f"the loss is {total}")
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        # The division comes after the backward pass: a scale inside the program would enter RenyiELBO's logsumexp.
+        torch._foreach_div_(gradients, len(batch[0]))
+        norm = nn.utils.get_total_norm(gradients)
+        if not math.isfinite(norm):
+            raise NonFiniteLossError(f"the loss is {total}, the norm of its gradient {float(norm)}")
+        if clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(total) / len(batch[0])
+
+    return step
+
+
+class _ScaleLatents(Messenger):
+    """Scale the log-densities of latent sites by β ≥ 0, in the guide and in the model that replays it.
+
+    A site that the guide fixes to a point mass is data, not a latent to be regularised, and keeps its weight.
+    """
+
+    def __init__(self, beta: float | Tensor) -> None:
+        super().__init__()
+        self.beta = beta
+        self.fixed: set[str] = set()
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"]:
+            return
+        if isinstance(bare(msg["fn"]), pyro.distributions.Delta):
+            self.fixed.add(msg["name"])
+        if msg["name"] not in self.fixed:
+            msg["scale"] = msg["scale"] * self.beta
+
+
+@contextmanager
+def scaled_latents(beta: float | Tensor) -> Iterator[None]:
+    """Weigh the divergence terms of any Pyro ELBO inside by β: log p(x | z) + β [log p(z) − log q(z | x)].
+
+    ``poutine.scale`` would refuse β = 0, where warm-ups begin, and would weigh the data term too.
+    """
+    # A recorded step's β is a tensor, whose value is not asked for.
+    if not isinstance(beta, Tensor) and beta == 1.0:
+        yield
+    else:
+        with _ScaleLatents(beta):
+            yield
+
+
+def check_loss(pair: Pair, loss: Loss, batch: tuple[Tensor, ...], *, num_particles: int, uses_beta: bool) -> None:
+    """Refuse what would train in silence on something else than was asked for.
+
+    Raises:
+        ValueError: for a Pyro loss that cannot see the pair's parameters, a number of particles beside a Pyro ELBO, β
+            beside a loss without a divergence to weigh, closed divergences where their conditions fail, and an
+            objective whose gradient through the guide's draws does not exist.
+    """
+    name = type(loss).__name__
+    if name.startswith("Jit") or isinstance(loss, ReweightedWakeSleep):
+        raise ValueError(f"{name} looks parameters up in Pyro's store or has two losses: use it in a loop of your own")
+    if isinstance(loss, ELBO) and num_particles != 1:
+        raise ValueError(f"num_particles is {num_particles}; a Pyro ELBO holds its own: {name}(…)")
+    if uses_beta and not isinstance(loss, (Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO)):
+        raise ValueError(
+            f"beta weighs the divergence of Pyro's ELBOs; {name} has no such term: leave beta at 1, or use the "
+            "objective beta_elbo(beta)"
+        )
+    with evaluation(pair), own_random_state(0, device_of(pair)):
+        guide, model = trace_pair(pair, *to_pair(pair, tuple(tensor[:2] for tensor in batch)))
+    if isinstance(loss, TraceMeanField_ELBO):
+        _check_order(list(sample_sites(guide)), [n for n, s in sample_sites(model).items() if not s["is_observed"]])
+    if not isinstance(loss, ELBO):
+        _check_reparameterised(sample_sites(guide))
+
+
+def _check_order(guide: list[str], model: list[str]) -> None:
+    if guide != model:
+        raise ValueError(
+            f"TraceMeanField_ELBO closes each site's divergence by itself, which is wrong where a site of the guide "
+            f"depends on an earlier draw; the guide samples {guide}, the model {model}: use Trace_ELBO, or sample in "
+            "the model's order where nothing depends on it"
+        )
+
+
+def _check_reparameterised(sites: dict[str, Any]) -> None:
+    for name, site in sites.items():
+        if not site["fn"].has_rsample:
+            raise ValueError(
+                f"the guide's site '{name}' ({type(bare(site['fn'])).__name__}) has no rsample, so that an objective's "
+                "gradient would leave out how its draws depend on the parameters: train with Pyro's Trace_ELBO, "
+                "TraceGraph_ELBO (lower variance) or TraceEnum_ELBO (sums over it)"
+            )
+
+
+def non_finite_sites(pair: Pair, *batch: Tensor) -> list[str]:
+    """Return the sites whose log-density is not finite on a batch, model sites by name, guide sites as 'q(name)'."""
+    with pyro.validation_enabled(False), torch.no_grad():
+        guide, model = trace_pair(pair, *batch)
+        return [
+            form.format(name)
+            for trace, form in ((guide, "q({})"), (model, "{}"))
+            for name, site in sample_sites(trace).items()
+            if not torch.isfinite(site["fn"].log_prob(site["value"])).all()
+        ]

@@ -1,0 +1,32 @@
+"""Every test computes in float64, with Pyro's validation on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyro
+import pytest
+import torch
+
+# The tensors here are small: a second thread costs more than it gives.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _exact() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    pyro.enable_validation(True)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Return the folder of real data sets, $PYRO_VAE_DATA or the one beside the checkout; skip where there is none."""
+    root = Path(os.environ.get("PYRO_VAE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+    if not (root / "MNIST").is_dir():
+        pytest.skip("needs the real data sets: set PYRO_VAE_DATA to their folder")
+    return root

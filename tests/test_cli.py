@@ -1,0 +1,180 @@
+"""The command line does what its help says, and tells a user what is wrong, where, and how to mend it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import pyro_vae as pv
+from pyro_vae.cli import load_run, main
+from pyro_vae.data import DataSet
+from pyro_vae.train import fit
+
+SMALL = ("--epochs", "1", "--latent", "2")
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def few_digits(monkeypatch: pytest.MonkeyPatch) -> DataSet:
+    digits = pv.data.load("digits")
+    few = digits._replace(train=digits.train[:256], test=digits.test[:32], test_labels=digits.test_labels[:32])
+    monkeypatch.setattr(pv.data, "load", lambda *_, **__: few)
+    return few
+
+
+def error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run a command that must fail as a user's mistake does, and return its message on one line."""
+    assert main(arguments) == 2
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_list_names_models_and_data(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in (*pv.models.OPTIONS, *pv.data.NAMES))
+
+
+@pytest.mark.usefixtures("few_digits")
+def test_a_run_from_training_to_report(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "srvae", *SMALL, "--components", "3", "--run-dir", "run"]) == 0
+    assert main(["evaluate", "run", "--num-particles", "3"]) == 0
+    assert main(["sample", "run"]) == 0
+    assert main(["super-resolve", "run"]) == 0
+    assert "log p(x, y)" in capsys.readouterr().out
+    report = Path("run/report.md").read_text()
+    for name in ("loss", "reconstructions", "samples", "super_resolution", "latent_map"):
+        assert f"figures/{name}.png" in report
+        with Image.open(f"run/figures/{name}.png") as image:
+            assert image.width > 300
+    assert "closed, convex" in report
+    assert "depends on that site's unit" in report
+    record = json.loads(Path("run/log_likelihood.json").read_text())
+    assert record["num_particles"] == 3
+    assert "bits_per_dimension" not in record
+
+
+@pytest.mark.usefixtures("few_digits")
+@pytest.mark.parametrize("likelihood", ["discretised-logistic", "gaussian", "continuous-bernoulli"])
+def test_evaluate_gives_bits_for_masses_only(likelihood: str) -> None:
+    assert main(["train", "vae", *SMALL, "--likelihood", likelihood, "--run-dir", "run"]) == 0
+    assert main(["evaluate", "run", "--num-particles", "3", "--size", "10"]) == 0
+    record = json.loads(Path("run/log_likelihood.json").read_text())
+    assert ("bits_per_dimension" in record) == (likelihood == "discretised-logistic")
+    assert record["data"] == 10
+
+
+@pytest.mark.usefixtures("few_digits")
+def test_evaluation_reads_what_training_wrote() -> None:
+    main(["train", "vae", *SMALL, "--run-dir", "run"])
+    pair, data = load_run(Path("run"))
+    again, _ = load_run(Path("run"))
+    a, b = (pv.log_likelihood(p, data.test, num_particles=4, seed=0).per_datum for p in (pair, again))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.usefixtures("few_digits")
+def test_the_demo_needs_no_argument_and_a_second_one_spares_the_first() -> None:
+    for folder in ("runs/demo", "runs/demo-2"):
+        assert main(["demo", "--epochs", "1"]) == 0
+        assert Path(folder, "report.md").exists()
+
+
+def test_unknown_model_lists_the_known(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["train", "gan"])
+    assert exit_.value.code == 2
+    message = capsys.readouterr().err
+    assert "srvae" in message
+    assert "vae" in message
+
+
+def test_unknown_data_lists_the_known(capsys: pytest.CaptureFixture[str]) -> None:
+    message = error(capsys, "train", "vae", "--data", "mnits")
+    assert all(name in message for name in pv.data.NAMES)
+
+
+def test_absent_data_says_where_to_put_which_files(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    message = error(capsys, "train", "vae", "--data", "mnist", "--data-root", str(tmp_path))
+    for word in ("train-images-idx3-ubyte", str(tmp_path), "--download", "PYRO_VAE_DATA"):
+        assert word in message
+
+
+@pytest.mark.usefixtures("few_digits")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("srvae", "--factor", "3"), "scale is 3, the image 8 × 8"),
+        (("vae", "--likelihood", "bernoulli"), "values outside the support of site 'x'"),
+        (("vae", "--batch-size", "4096"), "batch_size is 4096; there are"),
+        (("vae", "--beta", "-1"), "beta is -1"),
+        (("vae", "--latent", "0"), "size is 0"),
+        (("vae", "--resume"), "does not exist"),
+    ],
+)
+def test_bad_settings_cost_no_file(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    assert message in error(capsys, "train", *arguments)
+    assert not Path("runs").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="states what happens on a machine without CUDA")
+def test_cuda_asked_for_and_absent(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no CUDA device" in error(capsys, "train", "vae", "--device", "cuda")
+
+
+@pytest.mark.usefixtures("few_digits")
+def test_a_folder_that_holds_a_run_is_spared(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "vae", *SMALL]) == 0
+    before = Path("runs/vae-digits/checkpoint/state.pt").read_bytes()
+    assert "already holds a run" in error(capsys, "train", "vae", *SMALL)
+    assert Path("runs/vae-digits/checkpoint/state.pt").read_bytes() == before
+    assert main(["train", "vae", "--latent", "2", "--epochs", "2", "--resume"]) == 0
+    assert len(Path("runs/vae-digits/metrics.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.usefixtures("few_digits")
+def test_damaged_foreign_and_mistaken_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "does not exist" in error(capsys, "evaluate", "nowhere")
+    main(["train", "vae", *SMALL, "--run-dir", "run"])
+    assert "num_particles is 0" in error(capsys, "evaluate", "run", "--num-particles", "0")
+    assert "has no low-resolution stage" in error(capsys, "super-resolve", "run")
+    checkpoint = Path("run/checkpoint/pair.safetensors")
+    whole = checkpoint.read_bytes()
+    checkpoint.write_bytes(whole[:100])
+    assert "is damaged" in error(capsys, "evaluate", "run")
+    main(["train", "srvae", *SMALL, "--components", "3", "--run-dir", "other"])
+    shutil.copy("other/checkpoint/pair.safetensors", checkpoint)
+    assert "is a checkpoint of SRVAE, not of VAE" in error(capsys, "evaluate", "run")
+    Path("run/config.json").write_text("{")
+    assert "is damaged" in error(capsys, "evaluate", "run")
+
+
+def test_an_interrupted_run_says_how_to_resume(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, few_digits: DataSet
+) -> None:
+    calls = iter(range(3))
+
+    class Interrupted(pv.models.VAE):
+        def guide(self, x: torch.Tensor) -> None:
+            if self.training and next(calls, None) is None:
+                raise KeyboardInterrupt
+            super().guide(x)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("pyro_vae.models.vae.VAE", Interrupted)
+        assert main(["train", "vae", *SMALL, "--epochs", "3", "--run-dir", "run"]) == 130
+    assert "--resume" in capsys.readouterr().out
+    pair = pv.models.VAEOptions(latent=2).build(few_digits)
+    assert pv.checkpoint.load_state(Path("run/checkpoint/state.pt"), "Interrupted")["epoch"] >= 0
+    with pytest.raises(ValueError, match="holds a run of Interrupted"):
+        fit(pair, few_digits.train, epochs=3, validation=0.1, run_dir="run", resume=True, progress=False)

@@ -1,0 +1,341 @@
+"""Log-likelihoods against exact ones: values, errors, bounds, and that evaluating changes nothing."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pyro
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pyro_vae as pv
+from pyro_vae.evaluate import _CountBytes, chunk_sizes, quantity_of
+from pyro_vae.models import SRVAE, VAE, LinearGaussianMixtureVAE, LinearGaussianVAE, LinearTwoStageVAE
+
+from .off_guides import WrongScale
+
+# Cholesky factors of small, well-conditioned matrices: rounding stays below 1e-11 relative.
+ROUNDING = {"rtol": 1e-10, "atol": 1e-10}
+
+
+def exact_pairs() -> list[Any]:
+    prior = pv.MixtureOfGaussians(3, 2, weights=torch.rand(3) + 0.2)
+    return [
+        LinearGaussianVAE(5, 2),
+        LinearGaussianMixtureVAE(5, prior),
+        LinearTwoStageVAE(6, 2, copy.deepcopy(prior), 2),
+    ]
+
+
+def exact(pair: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return pair.exact_log_likelihood(x)
+
+
+@pytest.mark.parametrize("particles", [1, 2, 50])
+@pytest.mark.parametrize("index", range(3))
+def test_exact_pairs_are_evaluated_exactly(index: int, particles: int) -> None:
+    pair = exact_pairs()[index]
+    x = torch.randn(9, *pair.x_shape)
+    ll = pv.log_likelihood(pair, x, num_particles=particles, seed=0)
+    torch.testing.assert_close(ll.per_datum, exact(pair, x), **ROUNDING)
+    assert (ll.per_datum.dtype, ll.per_datum.shape, ll.num_particles) == (torch.float64, (9,), particles)
+    torch.testing.assert_close(ll.ess, torch.full((9,), float(particles)), **ROUNDING)
+    if particles == 1:
+        assert ll.standard_error.isnan().all()
+    else:
+        # The root of a difference of two numbers that agree to 1e-14.
+        assert (ll.standard_error < 1e-6).all()
+    assert ll.mean == pytest.approx(float(exact(pair, x).mean()), rel=1e-10)
+    assert ll.mean_standard_error == pytest.approx(float(ll.per_datum.std()) / 3, rel=1e-12)
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.5])
+def test_bounds_are_ordered_and_their_gap_is_the_divergence(factor: float) -> None:
+    pair, x = WrongScale(factor), torch.randn(400, 3)
+    means, errors = [], []
+    for particles in (1, 4, 32):
+        # The data are independent given the exact value, so that the gaps' spread gives the error of their mean.
+        gaps = pv.log_likelihood(pair, x, num_particles=particles, seed=particles).per_datum - exact(pair, x)
+        means.append(float(gaps.mean()))
+        errors.append(float(gaps.std()) / 20)
+    assert abs(means[0] + pair.gap()) <= 4 * errors[0]
+    assert means[0] <= means[1] + 4 * math.hypot(errors[0], errors[1])
+    assert means[1] <= means[2] + 4 * math.hypot(errors[1], errors[2])
+    assert means[2] <= 4 * errors[2]
+    # So much apart that the order is not one of noise.
+    assert means[2] - means[0] > 4 * math.hypot(errors[0], errors[2])
+
+
+def test_the_standard_error_is_the_spread_of_repeated_estimates() -> None:
+    pair, repeats = WrongScale(1.4), 300
+    x = torch.randn(1, 3).expand(repeats, 3)
+    ll = pv.log_likelihood(pair, x, num_particles=400, seed=0)
+    spread = float(ll.per_datum.std())
+    claimed = float((ll.standard_error**2).mean().sqrt())
+    # A standard deviation of n values has relative error 1/√(2n), 0.041; the delta method's bias is of order 1/K.
+    assert abs(spread / claimed - 1) <= 4 * (2 * repeats) ** -0.5 + 1 / 400
+    torch.testing.assert_close(ll.mean_monte_carlo_error, claimed / repeats**0.5, **ROUNDING)
+
+
+def test_the_mean_weight_is_unbiased() -> None:
+    pair, repeats = WrongScale(1.4), 2000
+    x = torch.randn(1, 3).expand(repeats, 3)
+    for estimate in (pv.log_likelihood, pv.naive_log_likelihood):
+        ratios = torch.exp(estimate(pair, x, num_particles=10).per_datum - exact(pair, x[:1]))
+        assert abs(float(ratios.mean()) - 1) <= 4 * float(ratios.std()) / repeats**0.5
+
+
+def test_the_naive_estimate_ignores_the_guide() -> None:
+    pair, x = WrongScale(0.01), torch.randn(5, 3)
+    first = pv.naive_log_likelihood(pair, x, num_particles=20, seed=0)
+    pair.factor = 3.0
+    assert torch.equal(first.per_datum, pv.naive_log_likelihood(pair, x, num_particles=20, seed=0).per_datum)
+    assert first.quantity == "log p(x)"
+
+
+def test_one_datum_has_no_standard_error_of_the_mean() -> None:
+    pair, x = LinearGaussianVAE(4, 2), torch.randn(1, 4)
+    ll = pv.log_likelihood(pair, x, num_particles=5, seed=0)
+    assert math.isnan(ll.mean_standard_error)
+    assert "nan" in repr(ll)
+
+
+# What was estimated
+
+
+def srvae(transition: Any, **kwargs: Any) -> SRVAE:
+    return SRVAE((1, 4, 4), 2, pv.StandardNormal(2), transition, levels=17, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("transition", "quantity"),
+    [("delta", "log p(x, y)"), ("gaussian", "log p(x)"), ("discretised", "lower bound on log p(x)")],
+)
+def test_the_quantity_is_named_by_the_reading(transition: str, quantity: str) -> None:
+    pair, x = srvae(transition), torch.rand(3, 1, 4, 4)
+    ll = pv.log_likelihood(pair, x, num_particles=2, seed=0)
+    assert ll.quantity == quantity_of(pair, x) == quantity
+    assert repr(ll).startswith(f"{quantity} = ")
+    # The data's likelihood is a density in all three.
+    with pytest.raises(ValueError, match="bits per dimension"):
+        _ = ll.bits_per_dimension
+
+
+def test_bits_of_a_joint_density_are_refused_with_the_reason() -> None:
+    ll = pv.log_likelihood(srvae("delta"), torch.rand(2, 1, 4, 4), num_particles=2, seed=0)
+    with pytest.raises(ValueError, match=r"of p\(x\) alone; this is log p\(x, y\)"):
+        _ = ll.bits_per_dimension
+    ll = pv.log_likelihood(LinearGaussianVAE(4, 2), torch.randn(2, 4), num_particles=2, seed=0)
+    with pytest.raises(ValueError, match="need a probability mass"):
+        _ = ll.bits_per_dimension
+
+
+def test_bits_of_fair_coins_are_one_per_dimension() -> None:
+    pair = VAE((6,), pv.StandardNormal(2), pv.Bernoulli(), decoder=nn.Linear(2, 6))
+    for parameter in pair.p_x.parameters():
+        nn.init.zeros_(parameter)
+    ll = pv.naive_log_likelihood(pair, torch.randint(0, 2, (5, 6)).double(), num_particles=3, seed=0)
+    assert ll.bits_per_dimension == pytest.approx(1.0, rel=1e-12)
+    assert ll.num_dimensions == 6
+
+
+def test_bits_of_the_discretised_reading_are_of_a_mass() -> None:
+    pair = srvae("discretised", likelihood=pv.DiscretisedLogistic(17))
+    x = torch.randint(0, 17, (3, 1, 4, 4)) / 16
+    ll = pv.log_likelihood(pair, x, num_particles=2, seed=0)
+    assert ll.bits_per_dimension == pytest.approx(-ll.mean / (16 * math.log(2)), rel=1e-12)
+
+
+# Memory
+
+
+def test_chunks_do_not_change_the_value() -> None:
+    pair, x = LinearGaussianVAE(5, 2), torch.randn(200, 5)
+    calls: list[tuple[int, int]] = []
+    whole = pv.log_likelihood(pair, x, num_particles=700, seed=0)
+    small = pv.log_likelihood(
+        pair, x, num_particles=700, memory=100_000, progress=lambda done, total: calls.append((done, total)), seed=0
+    )
+    torch.testing.assert_close(small.per_datum, whole.per_datum, **ROUNDING)
+    torch.testing.assert_close(small.ess, whole.ess, **ROUNDING)
+    assert [done for done, _ in calls] == sorted({done for done, _ in calls})
+    assert calls[-1] == (200, 200)
+
+
+def linear_vae() -> VAE:
+    encoder, decoder = nn.Linear(20, 8), nn.Linear(4, 20)
+    return VAE((20,), pv.StandardNormal(4), encoder=encoder, decoder=decoder)
+
+
+@pytest.mark.parametrize("memory", [60_000, 200_000, 2_000_000])
+@pytest.mark.parametrize("make", [linear_vae, lambda: LinearGaussianVAE(20, 4)])
+def test_the_peak_stays_within_the_budget(make: Any, memory: int) -> None:
+    pair, x = make(), torch.randn(150, 20)
+    with _CountBytes() as counter:
+        pv.log_likelihood(pair, x, num_particles=60, memory=memory, seed=0)
+    # Beside the chunks there are the data (20 numbers each), their sums and rows (fewer than 20 more).
+    assert counter.peak <= memory + 40 * 8 * len(x)
+
+
+def test_a_wide_encoder_does_not_hide_what_particles_take() -> None:
+    # The encoder's B data decide the peak at one and at two particles, the decoder's K × B do at many.
+    encoder = nn.Sequential(nn.Linear(20, 2000), nn.Linear(2000, 8))
+    pair = VAE((20,), pv.StandardNormal(4), encoder=encoder, decoder=nn.Linear(4, 20))
+    x = torch.randn(128, 20)
+    with _CountBytes() as counter:
+        pv.log_likelihood(pair, x, num_particles=400, memory=6_000_000, seed=0)
+    assert counter.peak <= 6_000_000 + 40 * 8 * len(x)
+
+
+def test_only_what_is_made_inside_is_counted() -> None:
+    weight = nn.Parameter(torch.randn(100, 100))
+    with torch.no_grad(), _CountBytes() as counter:
+        for _ in range(3):
+            made = torch.ones(10, 100) @ weight.t()
+            del made
+    # Two matrices of 10 × 100 are alive at once, the ones and the product; the transposed weight is a view.
+    assert counter.peak == 2 * 10 * 100 * 8
+
+
+def test_a_larger_budget_takes_larger_chunks() -> None:
+    pair, x = linear_vae(), (torch.randn(150, 20),)
+
+    def weights(chunk: tuple[Tensor, ...], size: int) -> Tensor:
+        with torch.no_grad():
+            return pv.log_terms(pair, *chunk, num_particles=size).log_weights
+
+    sizes = [chunk_sizes(weights, x, 300, memory) for memory in (60_000, 600_000, 6_000_000)]
+    work = [data * particles for data, particles in sizes]
+    assert work == sorted(set(work))
+
+
+def test_too_small_a_budget_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"one datum and one particle take .*memory.*: raise it"):
+        pv.log_likelihood(LinearGaussianVAE(5, 2), torch.randn(3, 5), memory=100, seed=0)
+
+
+# Work
+
+
+def shapes_seen(pair: nn.Module, names: dict[str, int]) -> dict[str, list[tuple[int, ...]]]:
+    """Record the batch shape of every call of these parts, whose inputs have so many event dimensions."""
+    seen: dict[str, list[tuple[int, ...]]] = {name: [] for name in names}
+
+    def record(name: str, events: int) -> Any:
+        return lambda _, inputs: seen[name].append(tuple(inputs[-1].shape[: inputs[-1].dim() - events]))
+
+    for name, events in names.items():
+        pair.get_submodule(name).register_forward_pre_hook(record(name, events))
+    return seen
+
+
+@pytest.mark.parametrize("transition", [None, "delta", "discretised", "gaussian"])
+def test_the_encoder_runs_once_per_chunk_of_particles(transition: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    if transition is None:
+        pair, names = linear_vae(), {"q_z.network": 1, "p_x.network": 1}
+        x, memory = torch.randn(300, 20), 400_000
+    else:
+        pair, names = srvae(transition), {"q_z.network": 3, "q_u.network": 3, "p_x.network": 1}
+        x, memory = torch.randint(0, 17, (300, 1, 4, 4)) / 16, 8_000_000
+    seen, measured, choice = shapes_seen(pair, names), {}, []
+
+    def record(*arguments: Any) -> tuple[int, int]:
+        choice.append(chunk_sizes(*arguments))
+        measured.update({name: len(calls) for name, calls in seen.items()})
+        return choice[0]
+
+    monkeypatch.setattr("pyro_vae.evaluate.chunk_sizes", record)
+    pv.log_likelihood(pair, x, num_particles=100, memory=memory, seed=0)
+    ((data, particles),) = choice
+    sizes = [min(particles, 100 - start) for start in range(0, 100, particles)]
+    rows = [min(data, 300 - start) for start in range(0, 300, data)]
+    assert (len(sizes) > 1, len(rows) > 1) == (True, True), "the budget must cut both, or nothing is shown"
+    chunks = [(size, row) for row in rows for size in sizes]
+    assert seen["q_z.network"][measured["q_z.network"] :] == [(row,) for _, row in chunks]
+    assert seen["p_x.network"][measured["p_x.network"] :] == chunks
+    if transition is not None:
+        # In reading "gaussian" y is drawn, and every particle's has a q(u | y) of its own, all in one call.
+        own = chunks if transition == "gaussian" else [(row,) for _, row in chunks]
+        assert seen["q_u.network"][measured["q_u.network"] :] == own
+    # Before them the pair is run to check the data, name the quantity and measure: one datum, a chunk's data, and
+    # then numbers of particles each half as large again as the one before. No such run is larger than a chunk.
+    tried = seen["p_x.network"][: measured["p_x.network"]]
+    assert seen["q_z.network"][: len(tried)] == [(row,) for _, row in tried]
+    assert all(size <= particles and row <= data for size, row in tried)
+    assert len(tried) <= 4 + math.log(particles, 1.5)
+
+
+# What is left
+
+
+@pytest.mark.parametrize("estimate", [pv.log_likelihood, pv.naive_log_likelihood])
+def test_nothing_is_changed(estimate: Any) -> None:
+    pair = VAE((4,), pv.StandardNormal(2), pv.Gaussian(pv.BatchOptimalScale()))
+    pair.q_z.eval()
+    flags = {name: module.training for name, module in pair.named_modules()}
+    before = {name: value.clone() for name, value in pair.state_dict().items()}
+    rng, validation = torch.get_rng_state(), pyro.settings.get("validate_distributions_pyro")
+    first = estimate(pair, torch.randn(5, 4, generator=torch.Generator().manual_seed(0)), num_particles=3, seed=0)
+    assert torch.equal(rng, torch.get_rng_state())
+    assert {name: module.training for name, module in pair.named_modules()} == flags
+    assert all(torch.equal(before[name], value) for name, value in pair.state_dict().items())
+    assert all(parameter.grad is None for parameter in pair.parameters())
+    assert pyro.settings.get("validate_distributions_pyro") == validation
+    torch.rand(3)
+    again = estimate(pair, torch.randn(5, 4, generator=torch.Generator().manual_seed(0)), num_particles=3, seed=0)
+    assert torch.equal(first.per_datum, again.per_datum)
+
+
+def test_flags_come_back_after_an_error() -> None:
+    pair = LinearGaussianVAE(5, 2)
+    with pytest.raises(ValueError, match="memory"):
+        pv.log_likelihood(pair, torch.randn(3, 5), memory=100, seed=0)
+    assert pair.training
+
+
+def test_seeds_are_draws_of_their_own() -> None:
+    pair, x = WrongScale(1.4), torch.randn(5, 3)
+    first, second = (pv.log_likelihood(pair, x, num_particles=3, seed=seed).per_datum for seed in (0, 1))
+    assert not torch.equal(first, second)
+
+
+def test_the_batch_optimal_scale_is_frozen() -> None:
+    pair = VAE((4,), pv.StandardNormal(2), pv.Gaussian(pv.BatchOptimalScale()))
+    pv.fit(pair, torch.randn(64, 4), epochs=1, batch_size=32, progress=False)
+    x = torch.randn(6, 4)
+    other = torch.cat([x[:1], 100 * x[1:]])
+    ours, theirs = (pv.log_likelihood(pair, data, num_particles=8, seed=0).per_datum for data in (x, other))
+    # The first datum's draws are the same in both, its scale must be too.
+    torch.testing.assert_close(ours[0], theirs[0], **ROUNDING)
+    assert (theirs[1:] < ours[1:]).all()
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("estimate", [pv.log_likelihood, pv.naive_log_likelihood])
+def test_bad_arguments_are_refused(estimate: Any) -> None:
+    pair = LinearGaussianVAE(5, 2)
+    with pytest.raises(ValueError, match="num_particles is 0"):
+        estimate(pair, torch.randn(3, 5), num_particles=0)
+    with pytest.raises(ValueError, match="1 NaN or infinite value"):
+        estimate(pair, torch.tensor([[0.0, 0, 0, math.nan, 0]]))
+    with pytest.raises(ValueError, match=r"expects \(N, 5\)"):
+        estimate(pair, torch.randn(3, 4))
+    with pytest.raises(ValueError, match="holds no data"):
+        estimate(pair, torch.randn(0, 5))
+    with pytest.raises(ValueError, match=r"use x.to\(torch.float64\)"):
+        estimate(pair, torch.randn(3, 5).float())
+
+
+def test_seeded_calls_repeat_and_others_differ() -> None:
+    pair, x = pv.models.VAE((4,), pv.StandardNormal(2)), torch.randn(3, 4)
+    seeded, again, fresh, other = (
+        pv.log_likelihood(pair, x, num_particles=5, seed=seed).per_datum for seed in (1, 1, None, None)
+    )
+    assert torch.equal(seeded, again)
+    assert not torch.equal(fresh, other)

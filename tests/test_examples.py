@@ -1,0 +1,40 @@
+"""Every example runs, small, in a process of its own, and each has an entry here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+ARGUMENTS = {
+    "plot_mixture_prior.py": ("--epochs", "1"),
+    "plot_srvae_digits.py": ("--epochs", "1", "--num-particles", "2"),
+    "plot_srvae_mnist.py": ("--epochs", "1", "--size", "64", "--num-particles", "2"),
+    "plot_vae_digits.py": ("--epochs", "1", "--num-particles", "2"),
+    "train_with_plain_svi.py": ("--epochs", "1"),
+}
+
+
+def test_every_example_is_run() -> None:
+    assert {path.name for path in EXAMPLES.glob("*.py")} == set(ARGUMENTS)
+
+
+def test_every_example_is_short() -> None:
+    assert all(len(path.read_text().splitlines()) <= 80 for path in EXAMPLES.glob("*.py"))
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_example_runs(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    # As in the tests' own process: the tensors are small, and a second thread costs more than it gives.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if "mnist" in name:
+        environment["PYRO_VAE_DATA"] = str(request.getfixturevalue("shared_data"))
+    command = [sys.executable, "-W", "error", str(EXAMPLES / name), *ARGUMENTS[name]]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    figures = list(tmp_path.glob("runs/*/*.png"))
+    assert figures or not name.startswith("plot_")

@@ -1,0 +1,59 @@
+"""README's tables are those of the kept results, and its library example runs as printed."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_tables_are_rendered_from_the_kept_results() -> None:
+    render = runpy.run_path(str(ROOT / "benchmarks" / "render.py"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert all(f"<!-- table: {name} -->" in readme for name in render["TABLES"])
+    assert render["rendered"](readme) == readme
+
+
+def test_mnist_figures_are_what_readme_says_of_them() -> None:
+    record = json.loads((ROOT / "benchmarks" / "results" / "two_stage_mnist.json").read_text(encoding="utf-8"))
+    models = record["results"]["models"]
+    for row in models.values():
+        bounds = row["test_negative_elbo"]
+        assert len(bounds) == 10
+        assert all(later < earlier for earlier, later in pairwise(bounds[:5]))
+    pair = models["VAE"], models["SRVAE, discretised"]
+    # Equal parameter counts, to the width of one hidden unit.
+    assert abs(pair[0]["parameters"] / pair[1]["parameters"] - 1) < 0.005
+    assert sum(row["training_seconds"] for row in pair) < 8 * 60
+    assert record["peak_memory_mib"] < 2560
+
+
+def test_loops_over_one_elbo_end_in_one_place() -> None:
+    record = json.loads((ROOT / "benchmarks" / "results" / "four_loops.json").read_text(encoding="utf-8"))
+    loops = list(record["results"]["loops"].values())
+    # Rounding alone: 330 steps of float64, whose differences Adam's division amplifies.
+    assert all(row["parameter_distance"] < 1e-8 for row in loops[:3])
+    assert all(len(row["final_losses"]) == 5 for row in loops)
+
+
+def test_every_linked_file_exists() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    targets = re.findall(r"\]\((?!http)([^)#]+)\)", readme)
+    assert targets
+    assert all((ROOT / target).exists() for target in targets)
+
+
+def test_library_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert len(blocks) == 2
+    monkeypatch.chdir(tmp_path)
+    for block in blocks:
+        exec(compile(re.sub(r"epochs=\d+", "epochs=1", block), "README.md", "exec"), {})
+    assert (tmp_path / "runs" / "readme" / "metrics.jsonl").exists()
