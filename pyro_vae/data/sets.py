@@ -1,0 +1,164 @@
+"""Data sets of images with pixels in [0, 1]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
+
+from pyro_vae.data.files import data_root, npz_file, read_arrays, torchvision_split, unpacked
+from pyro_vae.data.transforms import shuffled, unit
+
+__all__ = ["NAMES", "DataSet", "load"]
+
+
+class DataSet(NamedTuple):
+    """Hold images whose every pixel is in [0, 1].
+
+    Attributes:
+        name: one of :data:`NAMES`.
+        train: training images, (N, C, H, W), in the default float type at the time of loading.
+        test: test images, (M, C, H, W).
+        train_labels: class indices, (N,) int64, or None where the data have none.
+        test_labels: class indices, (M,) int64, or None.
+        levels: how many equally spaced gray levels k / (levels - 1) a pixel can take; None if they are not on a grid.
+        validation: validation images, (V, C, H, W), for the data that are published with such a split; else None.
+
+    >>> images = torch.zeros(5, 1, 8, 8)
+    >>> DataSet("blank", images[:3], images[3:], None, None, levels=2).x_shape
+    (1, 8, 8)
+    """
+
+    name: str
+    train: Tensor
+    test: Tensor
+    train_labels: Tensor | None
+    test_labels: Tensor | None
+    levels: int | None
+    validation: Tensor | None = None
+
+    @property
+    def x_shape(self) -> tuple[int, int, int]:
+        """Return the shape (C, H, W) of one image."""
+        channels, height, width = self.train.shape[1:]
+        return channels, height, width
+
+
+def load(name: str, root: str | Path | None = None, *, download: bool = False) -> DataSet:
+    """Read a data set from files under ``root``.
+
+    ================  ==============================  =============================================================
+    name              images: train / test, shape     files under ``root``
+    ================  ==============================  =============================================================
+    digits            1437 / 360, (1, 8, 8)           none: they come with scikit-learn
+    mnist             60000 / 10000, (1, 28, 28)      ``MNIST/raw/``, the four files, unpacked or as ``.gz``
+    fashion-mnist     60000 / 10000, (1, 28, 28)      ``FashionMNIST/raw/``, likewise
+    cifar10           50000 / 10000, (3, 32, 32)      ``cifar-10-batches-py/`` or ``cifar-10-python.tar.gz``
+    static-mnist      50000 / 10000, (1, 28, 28)      ``binarized_mnist/binarized_mnist.npz``: bits packed in uint8
+    omniglot          19280 / 13180, (1, 28, 28)      ``omniglot/images_{background,evaluation}.npz``: bool paper
+    frey-faces        1565 / 200, (1, 28, 20)         ``freyfaces/freyfaces.npz``: uint8 in video order
+    ================  ==============================  =============================================================
+
+    ``static-mnist`` and ``frey-faces`` also have a validation set, of 10000 and 200. Where only archives are there,
+    unpacked copies are kept in the user's cache, for ``root`` may be read-only. OMNIGLOT is averaged down from
+    105 x 105, so its numbers do not compare with those on the 28 x 28 file of Burda et al.; its labels count the
+    characters of each of the two files from 0. The static MNIST's test set is sorted by digit: take parts of it with
+    :func:`subset_after_shuffle`.
+
+    Args:
+        name: one of :data:`NAMES`.
+        root: folder that holds the files; see :func:`data_root` for the default.
+        download: fetch what ``root`` lacks (``mnist``, ``fashion-mnist`` and ``cifar10`` only). Nothing is fetched
+            when the files or intact archives are there.
+
+    Returns:
+        The images and labels, pixels in [0, 1] in the default float type.
+
+    Raises:
+        ValueError: if the name is not known, or files are absent, damaged, or hold other arrays than these.
+        OSError: if the folder to unpack or download into cannot be written, or a download fails.
+        RuntimeError: if every mirror of a download fails.
+
+    >>> digits = load("digits")
+    >>> len(digits.train), len(digits.test), digits.x_shape, digits.levels
+    (1437, 360, (1, 8, 8), 17)
+    """
+    if name not in _LOADERS:
+        raise ValueError(f"name={name!r} is not a known data set; known are {', '.join(NAMES)}")
+    return _LOADERS[name](data_root(root), download)
+
+
+def _digits() -> DataSet:
+    # Imported here, as torchvision below, for they take seconds to import and other data sets do without them.
+    from sklearn.datasets import load_digits
+
+    pixels, classes = load_digits(return_X_y=True)
+    images = unit(torch.from_numpy(pixels).reshape(-1, 1, 8, 8), 16)
+    labels = torch.from_numpy(classes).long()
+    # Of 1797 in all, four fifths train, rounded down.
+    train, test = torch.split(shuffled(len(images)), [1437, 360])
+    return DataSet("digits", images[train], images[test], labels[train], labels[test], levels=17)
+
+
+def _torchvision(name: str, class_name: str, root: Path, download: bool) -> DataSet:
+    import torchvision.datasets
+
+    source = getattr(torchvision.datasets, class_name)
+    folder = unpacked(name, source, root, download)
+    train, train_labels = torchvision_split(name, source, folder, train=True)
+    test, test_labels = torchvision_split(name, source, folder, train=False)
+    return DataSet(name, train, test, train_labels, test_labels, levels=256)
+
+
+def _static_mnist(root: Path) -> DataSet:
+    path = npz_file("static-mnist", root, "binarized_mnist/binarized_mnist.npz")
+    packed = read_arrays(path, dict.fromkeys(("train", "valid", "test"), ("uint8", (None, 98))))
+    bits = (torch.from_numpy(np.unpackbits(rows, axis=1)) for rows in packed)
+    train, valid, test = (unit(rows.reshape(-1, 1, 28, 28), 1) for rows in bits)
+    return DataSet("static-mnist", train, test, None, None, levels=2, validation=valid)
+
+
+def _frey_faces(root: Path) -> DataSet:
+    path = npz_file("frey-faces", root, "freyfaces/freyfaces.npz")
+    (frames,) = read_arrays(path, {"images": ("uint8", (1965, 28, 20))})
+    images = unit(torch.from_numpy(frames).unsqueeze(1), 255)
+    # Shuffled first, for neighbouring frames of a film are near copies; the sizes are the usual ones.
+    train, valid, test = (images[rows] for rows in torch.split(shuffled(len(images)), [1565, 200, 200]))
+    return DataSet("frey-faces", train, test, None, None, levels=256, validation=valid)
+
+
+def _omniglot(root: Path) -> DataSet:
+    paths = [npz_file("omniglot", root, f"omniglot/images_{part}.npz") for part in ("background", "evaluation")]
+    (train, train_labels), (test, test_labels) = (_omniglot_ink(path) for path in paths)
+    return DataSet("omniglot", train, test, train_labels, test_labels, levels=None)
+
+
+def _omniglot_ink(path: Path) -> tuple[Tensor, Tensor]:
+    paper, labels = read_arrays(path, {"images": ("bool", (None, None, 105, 105)), "labels": ("int64", (None, None))})
+    if paper.shape[:2] != labels.shape:
+        raise ValueError(f"{path} has images {paper.shape} and labels {labels.shape}, not one label per image")
+    ink = torch.empty(*labels.shape, 28, 28)
+    # One character at a time: all of them as floats at 105 x 105 would take up to 1.7 GB.
+    for character, drawings in zip(ink, paper, strict=True):
+        character.copy_(adaptive_avg_pool2d(torch.from_numpy(~drawings).to(ink.dtype), 28))
+    return ink.reshape(-1, 1, 28, 28), torch.from_numpy(labels).reshape(-1)
+
+
+_LOADERS: dict[str, Callable[[Path, bool], DataSet]] = {
+    "digits": lambda root, download: _digits(),
+    "mnist": lambda root, download: _torchvision("mnist", "MNIST", root, download),
+    "fashion-mnist": lambda root, download: _torchvision("fashion-mnist", "FashionMNIST", root, download),
+    "cifar10": lambda root, download: _torchvision("cifar10", "CIFAR10", root, download),
+    "static-mnist": lambda root, download: _static_mnist(root),
+    "omniglot": lambda root, download: _omniglot(root),
+    "frey-faces": lambda root, download: _frey_faces(root),
+}
+
+
+#: The names :func:`load` knows.
+NAMES: tuple[str, ...] = tuple(_LOADERS)
