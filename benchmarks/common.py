@@ -14,13 +14,18 @@ import pyro
 import torch
 
 import pyro_vae as pv
-from pyro_vae.checkpoint import write_text
+from pyro_vae.checkpoint import read_json, write_text
 
 RESULTS = Path(__file__).parent / "results"
+RUNS = Path(__file__).resolve().parents[1] / "runs" / "reproduce"
+# Recorded and compiled: the same steps in less time.
+FAST: dict[str, Any] = {"capture": True, "compiled": True}
+# K and the number of test data: all of them with few draws, as most papers do, and fewer data with more draws.
+EVALUATIONS: dict[str, tuple[int, int | None]] = {"all": (200, None), "some": (5000, 2000)}
 
 
-def keep(name: str, results: dict[str, Any], started: float) -> Path:
-    """Write a benchmark's results to ``results/<name>.json`` with what is needed to repeat them."""
+def keep(name: str, results: dict[str, Any], started: float, folder: Path = RESULTS) -> Path:
+    """Write a benchmark's results to ``<folder>/<name>.json`` with what is needed to repeat them."""
     record = {
         "results": results,
         "seconds": round(time.perf_counter() - started, 1),
@@ -34,6 +39,42 @@ def keep(name: str, results: dict[str, Any], started: float) -> Path:
             "python": platform.python_version(),
         },
     }
-    path = RESULTS / f"{name}.json"
+    path = folder / f"{name}.json"
     write_text(path, json.dumps(record, indent=2) + "\n")
     return path
+
+
+def trained(pair: pv.Pair, data: pv.data.DataSet, name: str, **settings: Any) -> tuple[float, float]:
+    """Train in the run folder ``name``, or go on there; return the seconds spent and the last validation loss."""
+    folder = RUNS / name
+    # One that ended before its first epoch left nothing to go on from.
+    resume = (folder / "checkpoint" / "pair.safetensors").exists()
+    validation = data.validation if data.validation is not None else data.test
+    run = pv.fit(pair, data.train, validation=validation, run_dir=folder, resume=resume, **FAST, **settings)
+    last = run.metrics[-1]
+    return last["seconds"], last["validation_loss"]
+
+
+def evaluated(pair: pv.Pair, data: pv.data.DataSet, name: str) -> dict[str, Any]:
+    """Return test log-likelihoods in nats, kept in the run folder ``name`` and read from there the next time."""
+    return {key: _likelihood(pair, data.test, RUNS / name / f"{key}.json", *of) for key, of in EVALUATIONS.items()}
+
+
+def _likelihood(pair: pv.Pair, x: torch.Tensor, path: Path, num_particles: int, size: int | None) -> dict[str, Any]:
+    if path.exists():
+        return read_json(path)
+    rows = x if size is None else pv.data.subset_after_shuffle(x, size)
+    started = time.perf_counter()
+    ll = pv.log_likelihood(pair, rows, num_particles=num_particles, seed=0)
+    record = {
+        "data": len(rows),
+        "num_particles": num_particles,
+        "mean": ll.mean,
+        "standard_error": ll.mean_standard_error,
+        "monte_carlo_error": ll.mean_monte_carlo_error,
+        "median_ess": float(ll.ess.median()),
+        "share_above_threshold": ll.share_above_threshold,
+        "seconds": time.perf_counter() - started,
+    }
+    write_text(path, json.dumps(record, indent=2))
+    return record

@@ -1,4 +1,4 @@
-"""Write the tables that README shows from the results kept as JSON: no figure is typed by hand.
+"""Write README's tables and docs/results.md from the results kept as JSON: no figure is typed by hand.
 
 python benchmarks/render.py
 """
@@ -7,14 +7,24 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from pathlib import Path
 from typing import Any
+
+import reproductions
 
 from pyro_vae.checkpoint import write_text
 from pyro_vae.report import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+
+INTRODUCTION = """# Published figures, run again
+
+Each section is one script in [benchmarks/reproductions](../benchmarks/reproductions), run by
+`python benchmarks/reproduce.py NAME`; its table comes from the results that the script kept, by
+`python benchmarks/render.py`. Log-likelihoods are in nats per datum. A schedule shorter than the published one says so.
+"""
 
 
 def two_stage_mnist(record: dict[str, Any]) -> str:
@@ -73,6 +83,11 @@ def provenance(record: dict[str, Any]) -> str:
 TABLES = {"two_stage_mnist": two_stage_mnist, "four_loops": four_loops}
 
 
+def mean_and_spread(values: list[float]) -> str:
+    """Return a mean with the standard deviation of what it averages."""
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
 def rendered(text: str) -> str:
     """Return a document with every ``<!-- table: name -->`` block replaced by its table."""
     for name, render in TABLES.items():
@@ -82,7 +97,22 @@ def rendered(text: str) -> str:
     return text
 
 
+def results() -> str:
+    """Return docs/results.md: a section for each reproduction whose results are kept."""
+    sections = [INTRODUCTION]
+    for name in reproductions.names():
+        path = RESULTS / f"reproduce_{name}.json"
+        if path.exists():
+            row = reproductions.row(name)
+            sections.append(f"## {row.TITLE}\n\n{row.table(json.loads(path.read_text(encoding='utf-8')))}\n")
+    return "\n".join(sections)
+
+
 if __name__ == "__main__":
     readme = ROOT / "README.md"
-    write_text(readme, rendered(readme.read_text(encoding="utf-8")))
-    print(f"wrote {readme}")
+    for document, text in (
+        (readme, rendered(readme.read_text(encoding="utf-8"))),
+        (ROOT / "docs" / "results.md", results()),
+    ):
+        write_text(document, text)
+        print(f"wrote {document}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -44,19 +44,27 @@ def flatten_inputs(inputs: Sequence[Tensor], shapes: Sequence[Shape]) -> Tensor:
 
 
 class MLP(nn.Module):
-    """Map the concatenated inputs through SiLU layers to ``outputs`` numbers.
+    """Map the concatenated inputs through hidden layers to ``outputs`` numbers.
 
     Args:
         shapes: event shape of each input.
         outputs: size of the output.
         hidden: widths of the hidden layers; none makes the network affine.
+        activation: the function between layers, SiLU by default.
 
     >>> MLP([(1, 8, 8)], 10, hidden=(32,))(torch.zeros(3, 5, 1, 8, 8)).shape
     torch.Size([3, 5, 10])
     """
 
-    def __init__(self, shapes: Sequence[Shape], outputs: int, hidden: Sequence[int] = (256, 256)) -> None:
+    def __init__(
+        self,
+        shapes: Sequence[Shape],
+        outputs: int,
+        hidden: Sequence[int] = (256, 256),
+        activation: Callable[[Tensor], Tensor] = silu,
+    ) -> None:
         super().__init__()
+        self.activation = activation
         self.shapes = [tuple(shape) for shape in shapes]
         sizes = [sum(math.prod(shape) for shape in shapes), *hidden, outputs]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
@@ -64,7 +72,7 @@ class MLP(nn.Module):
     def forward(self, *inputs: Tensor) -> Tensor:
         h = flatten_inputs(inputs, self.shapes)
         for layer in self.layers[:-1]:
-            h = silu(layer(h))
+            h = self.activation(layer(h))
         return self.layers[-1](h)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import re
 import runpy
@@ -13,11 +15,29 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_tables_are_rendered_from_the_kept_results() -> None:
+def test_tables_are_rendered_from_the_kept_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     render = runpy.run_path(str(ROOT / "benchmarks" / "render.py"))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert all(f"<!-- table: {name} -->" in readme for name in render["TABLES"])
     assert render["rendered"](readme) == readme
+    assert render["results"]() == (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+
+
+def test_every_reproduction_can_be_run_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    reproductions = importlib.import_module("reproductions")
+    files = (ROOT / "benchmarks" / "reproductions").glob("[!_]*.py")
+    assert sorted(reproductions.names()) == sorted(path.stem for path in files)
+    for name in reproductions.names():
+        row = reproductions.row(name)
+        assert row.TITLE
+        assert list(inspect.signature(row.run).parameters) == ["scale", "data_root"]
+        assert list(inspect.signature(row.table).parameters) == ["record"]
+    with pytest.raises(ValueError, match="no row is named 'nvae'; there are"):
+        reproductions.row("nvae")
+    kept = {path.stem for path in (ROOT / "benchmarks" / "results").glob("reproduce_*.json")}
+    assert kept <= {f"reproduce_{name}" for name in reproductions.names()}
 
 
 def test_mnist_figures_are_what_readme_says_of_them() -> None:
