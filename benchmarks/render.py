@@ -71,6 +71,30 @@ def four_loops(record: dict[str, Any]) -> str:
     )
 
 
+def coverage(record: dict[str, Any]) -> str:
+    """Return the table of how often 95 % intervals contain a known log p(x), by width of the guide."""
+    header = ["guide's scale / posterior's", "coverage", "mean k̂", "exact k", "k̂ above threshold", "error / spread"]
+    rows = [
+        [
+            f"{row['scale']:.1f}",
+            f"{100 * row['coverage']:.1f} % ± {100 * row['coverage_standard_error']:.1f} %",
+            f"{row['pareto_k']:.2f}",
+            f"{row['exact_k']:.2f}",
+            f"{100 * row['share_above_threshold']:.1f} %",
+            f"{row['error_over_spread']:.3f} ± {row['error_over_spread_standard_error']:.3f}",
+        ]
+        for row in record["results"]["rows"]
+    ]
+    results = record["results"]
+    return (
+        f"{markdown_table(header, rows)}\n\n"
+        f"{results['data']} data, {results['repeats']} estimates each with K = {results['num_particles']}, in "
+        f"{results['dtype']}, seed {results['seed']}. Error / spread: the reported standard error over the standard "
+        f"deviation of {results['spread_repeats']} repeated estimates, mean over {results['spread_data']} data. "
+        f"{provenance(record)}"
+    )
+
+
 def provenance(record: dict[str, Any]) -> str:
     """Return one sentence on where a record was made."""
     versions, machine = record["versions"], record["machine"]
@@ -80,7 +104,7 @@ def provenance(record: dict[str, Any]) -> str:
     )
 
 
-TABLES = {"two_stage_mnist": two_stage_mnist, "four_loops": four_loops}
+TABLES = {"two_stage_mnist": two_stage_mnist, "four_loops": four_loops, "coverage": coverage}
 
 
 def mean_and_spread(values: list[float]) -> str:

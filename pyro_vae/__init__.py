@@ -26,6 +26,7 @@ from pyro_vae.diagnostics import CollapseReport, SiteReport, collapse_report
 from pyro_vae.divergences import convex_kl_bound, monte_carlo_kl, variational_kl_bound
 from pyro_vae.dreg import DReG
 from pyro_vae.evaluate import LogLikelihood, log_likelihood, naive_log_likelihood
+from pyro_vae.export import to_arviz, to_elpd
 from pyro_vae.gap import InferenceGap, inference_gap
 from pyro_vae.pair import LogTerms, Pair, SiteTerms, log_terms, site_terms
 from pyro_vae.predict import generate, impute, posterior, reconstruct, super_resolve
@@ -81,5 +82,7 @@ __all__ = [
     "site_terms",
     "super_resolve",
     "testing",
+    "to_arviz",
+    "to_elpd",
     "variational_kl_bound",
 ]

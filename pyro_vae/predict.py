@@ -158,7 +158,7 @@ def posterior(pair: Pair, *batch: Tensor, num_particles: int = 100, seed: int | 
     batch = _on_device(pair, batch)
     with _drawing(pair, seed):
         guide, model = trace_pair(pair, *batch, num_particles=num_particles)
-        latents = {name: _whole(site) for name, site in sample_sites(guide).items()}
+        latents = {name: whole_value(site) for name, site in sample_sites(guide).items()}
         return Posterior(latents, sum_terms(guide, model, particle_dim(pair)).log_weights)
 
 
@@ -292,7 +292,7 @@ class _Chain:
         guide, _ = self._propose(self.num_particles + 1)
         for name, value in self.current.items():
             node = guide.nodes[name]
-            node["value"] = torch.cat([value.unsqueeze(0), _whole(node)[1:]])
+            node["value"] = torch.cat([value.unsqueeze(0), whole_value(node)[1:]])
         # Scored again as a whole: the guide's later sites may depend on the current values of earlier ones.
         with particle_plate(self.pair, self.num_particles + 1):
             scored = poutine.trace(poutine.replay(type(self.pair).guide, trace=guide))
@@ -314,7 +314,7 @@ class _Chain:
         fixed = point_masses(guide)
         self.approximate = bool(fixed)
         self.current = {
-            name: _whole(site)[chosen, rows] for name, site in sample_sites(guide).items() if name not in fixed
+            name: whole_value(site)[chosen, rows] for name, site in sample_sites(guide).items() if name not in fixed
         }
         drawn = x_site(sample_sites(model), self.x)["fn"].sample()[chosen, rows]
         self.x = torch.where(self.mask, self.x, drawn)
@@ -331,7 +331,7 @@ def _entrywise(site: Any) -> Tensor:
     return distribution.base_dist.log_prob(site["value"])
 
 
-def _whole(site: Any) -> Tensor:
+def whole_value(site: Any) -> Tensor:
     """Return a site's value with all its batch axes, which a point mass may lack."""
     plates = [frame for frame in site["cond_indep_stack"] if frame.dim is not None]
     batch_shape = [1] * max(-frame.dim for frame in plates)

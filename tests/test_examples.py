@@ -11,7 +11,9 @@ import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 ARGUMENTS = {
+    "plot_arviz.py": ("--epochs", "1"),
     "plot_mixture_prior.py": ("--epochs", "1"),
+    "plot_pitfalls.py": (),
     "plot_srvae_digits.py": ("--epochs", "1", "--num-particles", "2"),
     "plot_srvae_mnist.py": ("--epochs", "1", "--size", "64", "--num-particles", "2"),
     "plot_vae_digits.py": ("--epochs", "1", "--num-particles", "2"),

@@ -95,6 +95,39 @@ def test_19_two_estimates_are_no_interval() -> None:
     assert float(wide) >= 0.95
 
 
+def test_20_a_marginal_over_corruptions_contains_the_draws_own() -> None:
+    # z ~ N(0, 1), x ~ N(z, ½²); q(z | x̃) = N(0.8 x̃, v) at x̃ = x + s ε; the posterior is N(0.8 x, 0.2).
+    x, s, v, count = torch.tensor(1.0), 0.5, 0.1, 200_000
+    truth = float(dist.Normal(0.0, 1.25**0.5).log_prob(x))
+
+    def log_weights(corruptions: int, own: bool) -> Tensor:
+        """Return log p(x, z) − log (1/M) Σ_m q(z | x̃_m); z is drawn at the first corruption or at one left out."""
+        means = 0.8 * (x + s * torch.randn(corruptions + (not own), count))
+        z = dist.Normal(means[0], v**0.5).sample()
+        log_q = dist.Normal(means[(not own) :], v**0.5).log_prob(z)
+        log_joint = dist.Normal(0.0, 1.0).log_prob(z) + dist.Normal(z, 0.5).log_prob(x)
+        return log_joint - torch.logsumexp(log_q, 0) + math.log(corruptions)
+
+    def assert_mean(values: Tensor, expected: float) -> None:
+        assert abs(float(values.mean()) - expected) <= 4 * float(values.std()) / count**0.5
+
+    # Ours at M = 1: log p(x) less E KL(q(z | x̃) ‖ p(z | x)), in closed form.
+    spread = (0.8 * s) ** 2
+    bound = truth - 0.5 * ((v + spread) / 0.2 - 1 + math.log(0.2 / v))
+    assert_mean(log_weights(1, own=True), bound)
+    # Wrong: at another corruption log q costs (0.8 s)²/v more, and the "bound" lies above log p(x) by a nat.
+    assert bound + spread / v > truth + 1
+    assert_mean(log_weights(1, own=False), bound + spread / v)
+    # Of more corruptions the right bound comes out higher, and never above the truth; the wrong one comes down to it.
+    count = 20_000
+    right, wrong = log_weights(8, own=True), log_weights(8, own=False)
+    assert bound < float(right.mean()) < truth
+    assert float(wrong.mean()) - truth > 4 * float(wrong.std()) / count**0.5
+    # The right one is an average of weights, each of which has p(x) for its expectation, whatever M.
+    weights = right.exp()
+    assert abs(float(weights.mean()) - math.exp(truth)) <= 4 * float(weights.std()) / count**0.5
+
+
 def test_21_a_latent_that_the_guide_lacks_is_never_paid_for() -> None:
     class Lacking(LinearGaussianVAE):
         def model(self, x: Tensor) -> None:

@@ -62,6 +62,22 @@ def test_loops_over_one_elbo_end_in_one_place() -> None:
     assert all(len(row["final_losses"]) == 5 for row in loops)
 
 
+def test_intervals_cover_what_they_promise_where_the_guide_is_near_the_posterior() -> None:
+    record = json.loads((ROOT / "benchmarks" / "results" / "coverage.json").read_text(encoding="utf-8"))["results"]
+    rows = {row["scale"]: row for row in record["rows"]}
+    assert record["data"] == 500
+    assert record["num_particles"] == 1000
+    for scale in (0.9, 1.1):
+        assert 0.92 < rows[scale]["coverage"] < 0.98
+        error = rows[scale]["error_over_spread_standard_error"]
+        assert abs(rows[scale]["error_over_spread"] - 1) < 4 * error < 0.06
+    # A narrower guide misses what its weights do not see, and k̂ rises with it.
+    falling = [rows[scale] for scale in (0.9, 0.8, 0.7, 0.6)]
+    for wider, narrower in pairwise(falling):
+        assert narrower["coverage"] < wider["coverage"]
+        assert narrower["pareto_k"] > wider["pareto_k"]
+
+
 def test_every_linked_file_exists() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     targets = re.findall(r"\]\((?!http)([^)#]+)\)", readme)
