@@ -51,7 +51,7 @@ def main(options: Options) -> None:
         draw(pair, data, run.metrics).savefig(options.out / f"{name}.png", dpi=120)
     print(f"figures in {options.out}")
     ll = pv.log_likelihood(pair, held_out, num_particles=options.num_particles)
-    print(f"{ll}, {ll.bits_per_dimension:.4f} bits per dimension")
+    print(ll)
 
 
 if __name__ == "__main__":

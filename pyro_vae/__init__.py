@@ -28,6 +28,7 @@ from pyro_vae.dreg import DReG
 from pyro_vae.evaluate import LogLikelihood, log_likelihood, naive_log_likelihood
 from pyro_vae.export import to_arviz, to_elpd
 from pyro_vae.gap import InferenceGap, inference_gap
+from pyro_vae.information import MutualInformation
 from pyro_vae.pair import LogTerms, Pair, SiteTerms, log_terms, site_terms
 from pyro_vae.predict import generate, impute, posterior, reconstruct, super_resolve
 from pyro_vae.scales import BatchOptimalScale, FixedScale, LearnedScale
@@ -55,6 +56,7 @@ __all__ = [
     "LogLikelihood",
     "LogTerms",
     "MixtureOfGaussians",
+    "MutualInformation",
     "Pair",
     "Run",
     "SiteReport",

@@ -27,7 +27,7 @@ from torch.fx import GraphModule
 from pyro_vae.pair import Pair
 from pyro_vae.products import with_faster_products
 from pyro_vae.recording import CaptureError, Tape, traced
-from pyro_vae.svi import Loss, Step, eager_backward, updating_step
+from pyro_vae.svi import Average, Loss, Step, eager_backward, updating_step
 
 __all__ = ["CaptureError", "captured_step"]
 
@@ -46,6 +46,7 @@ def captured_step(
     compiled: bool = False,
     after: int = 0,
     strict: bool = True,
+    average: Average | None = None,
 ) -> Step:
     """Return a step that replays the pair's recorded program: the eager step's numbers without Pyro's overhead.
 
@@ -62,6 +63,7 @@ def captured_step(
             such as a short last batch, are replayed as they are.
         after: steps of a kind, a shape and so on, that are taken eagerly before that kind is recorded.
         strict: whether to raise where the program cannot be recorded; else steps are eager, with one warning.
+        average: averages gradients over processes.
 
     Returns:
         A step that raises :class:`~pyro_vae.svi.NonFiniteLossError` as the eager one does, and :class:`CaptureError`
@@ -76,7 +78,7 @@ def captured_step(
     True
     """
     backward = _CapturedBackward(pair, loss, optimizer, num_particles, compiled=compiled, after=after, strict=strict)
-    return updating_step(backward, optimizer, clip_norm)
+    return updating_step(backward, optimizer, clip_norm, average)
 
 
 class _Recording(NamedTuple):
@@ -118,7 +120,7 @@ class _CapturedBackward:
         self.gave_up = False
         self.lazy = True
 
-    def __call__(self, *batch: Tensor, beta: float = 1.0) -> float:
+    def __call__(self, *batch: Tensor, beta: float = 1.0) -> float | Tensor:
         if self.gave_up:
             return self.eager(*batch, beta=beta)
         try:
@@ -133,7 +135,7 @@ class _CapturedBackward:
             return total
         return self.eager(*batch, beta=beta) if recording is None else self._replay(recording, batch, beta)
 
-    def _replay(self, recording: _Recording, batch: tuple[Tensor, ...], beta: float) -> float:
+    def _replay(self, recording: _Recording, batch: tuple[Tensor, ...], beta: float) -> Tensor:
         buffers: list[Any] = [held[name] for held, name in self.buffers]
         inputs = [*self.parameters, *buffers, *batch]
         if recording.uses_beta:
@@ -144,7 +146,7 @@ class _CapturedBackward:
                 parameter.grad = gradient
             for i, value in zip(recording.replaced, rest[len(recording.trained) :], strict=True):
                 buffers[i].copy_(value)
-        return float(total)
+        return total
 
     def _recording(self, batch: tuple[Tensor, ...], beta: float) -> _Recording | None:
         """Return the recording for these inputs; None where the step is to be eager instead."""

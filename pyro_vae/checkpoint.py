@@ -60,9 +60,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def save_parameters(pair: Pair, path: Path) -> None:
-    """Write a pair's parameters and buffers as safetensors, with the model's name in the header."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in pair.state_dict().items()}
+def save_parameters(pair: Pair, path: Path, values: dict[str, Tensor] | None = None) -> None:
+    """Write a pair's parameters and buffers, or other values of them, as safetensors that name the model."""
+    values = pair.state_dict() if values is None else values
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in values.items()}
     metadata = {"format": "pyro_vae", "model": type(pair).__name__}
     write_whole(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata))
 

@@ -3,139 +3,50 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Union
 
 import numpy as np
-import rich.progress
 import torch
 import tyro
 from matplotlib.figure import Figure
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from pyro_vae import data as data_sets
 from pyro_vae.checkpoint import load_parameters, read_json, write_whole
+from pyro_vae.commands import Demo, Evaluate, List, Sample, SuperResolve, Training
 from pyro_vae.data import DataSet
-from pyro_vae.evaluate import LogLikelihood, log_likelihood
+from pyro_vae.estimates import LogLikelihood, likelihood_notes
+from pyro_vae.evaluate import log_likelihood
 from pyro_vae.figures import image_grid, save_figure, super_resolution_grid
 from pyro_vae.inputs import resolve_device
+from pyro_vae.memory import MEBIBYTE
 from pyro_vae.models import OPTIONS
+from pyro_vae.objectives import iwae
 from pyro_vae.pair import Pair
 from pyro_vae.predict import generate, super_resolve
-from pyro_vae.report import record_likelihood, write_figures, write_loss_terms, write_report
+from pyro_vae.processes import LostProcessError, Processes, join
+from pyro_vae.report import (
+    forget_likelihood,
+    record_likelihood,
+    write_collapse,
+    write_figures,
+    write_loss_terms,
+    write_report,
+)
+from pyro_vae.svi import Loss
 from pyro_vae.train import fit
 
 __all__ = ["main"]
 
 console = Console()
-
-
-@dataclass(frozen=True)
-class Training:
-    """How to train."""
-
-    data: str = "digits"
-    """Data set; `pyro-vae list` names them."""
-    data_root: str | None = None
-    """Folder of the data sets; else $PYRO_VAE_DATA, else the user's cache."""
-    download: bool = False
-    """Fetch the data set where it is absent."""
-    run_dir: Path | None = None
-    """Run folder; runs/MODEL-DATA by default."""
-    resume: bool = False
-    """Continue the run in the folder."""
-    epochs: int = 20
-    """Passes over the data."""
-    batch_size: int = 128
-    """Data per step."""
-    lr: float = 1e-3
-    """Adam's learning rate."""
-    beta: float = 1.0
-    """Weight of the divergence terms."""
-    warmup: int = 0
-    """Epochs over which β rises from 0."""
-    clip_norm: float | None = None
-    """Largest global norm of the gradient."""
-    patience: int | None = None
-    """Epochs without a better validation loss before training stops."""
-    validation: float = 0.1
-    """Share of the training data to hold out, where the data set brings no validation set; 0 trains on all."""
-    seed: int = 0
-    """Of initial values, shuffling and draws."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-
-
-@dataclass(frozen=True)
-class List:
-    """Name the models and the data sets."""
-
-
-@dataclass(frozen=True)
-class Evaluate:
-    """Estimate the log-likelihood of test data with a trained run."""
-
-    run: tyro.conf.Positional[Path]
-    """Run folder."""
-    num_particles: int = 1000
-    """Importance samples per datum."""
-    size: int | None = None
-    """Number of test data, after a seeded shuffle; all by default."""
-    memory: int = 512
-    """MiB that the tensors of a chunk may take."""
-    data_root: str | None = None
-    """Folder of the data sets."""
-    seed: int = 0
-    """Of the draws."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Draw new data from a trained run: samples.npz (draws and means) and a picture of the first hundred."""
-
-    run: tyro.conf.Positional[Path]
-    """Run folder."""
-    num_samples: int = 100
-    """Number of draws."""
-    data_root: str | None = None
-    """Folder of the data sets."""
-    seed: int = 0
-    """Of the draws."""
-
-
-@dataclass(frozen=True)
-class SuperResolve:
-    """Draw high-resolution images for low-resolution test data: super_resolution.npz and a picture of five."""
-
-    run: tyro.conf.Positional[Path]
-    """Run folder of an SRVAE."""
-    size: int = 100
-    """Number of test images to shrink and enlarge again."""
-    num_samples: int = 16
-    """Draws for each."""
-    data_root: str | None = None
-    """Folder of the data sets."""
-    seed: int = 0
-    """Of the draws."""
-
-
-@dataclass(frozen=True)
-class Demo:
-    """Train the two-stage VAE on the bundled digits, evaluate it and write its report."""
-
-    run_dir: Path | None = None
-    """Run folder; the first free of runs/demo, runs/demo-2, …"""
-    epochs: int = 200
-    """Passes over the data."""
-    lr: float = 3e-3
-    """Adam's learning rate."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -166,13 +77,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         console.print("\n".join(getattr(interrupt, "__notes__", ["interrupted"])), soft_wrap=True)
         return 130
-    except (ValueError, OSError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
-        return 2
+    except (ValueError, OSError, LostProcessError) as error:
+        who = f" in process {rank}" if (rank := os.environ.get("RANK", "0")) != "0" else ""
+        text = f"[bold red]error{who}:[/] {escape(str(error))}"
+        Console(stderr=True).print(text, soft_wrap=True, highlight=False)
+        return 1 if isinstance(error, LostProcessError) else 2
     return 0
 
 
 def _run(command: Any) -> None:
+    if isinstance(command, (Sample, SuperResolve, Demo)) and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError("only train and evaluate share their work among processes: start this one without torchrun")
     if isinstance(command, List):
         _list()
     elif isinstance(command, Evaluate):
@@ -197,35 +112,64 @@ def _list() -> None:
 
 
 def _train(name: str, options: Any, training: Training) -> tuple[Path, Pair, DataSet]:
-    resolve_device(training.device)
-    data = _load_data(training.data, training.data_root, training.download)
+    processes = _join(training.device)
+    if training.download:
+        processes.from_first(lambda: bool(_load_data(training.data, training.data_root, download=True)))
+    data = _load_data(training.data, training.data_root)
     folder = training.run_dir or Path("runs") / f"{name}-{training.data}"
     torch.manual_seed(training.seed)
     pair = options.build(data)
+    loss, num_particles = _loss(training, pair)
     run = fit(
         pair,
         data.train,
         epochs=training.epochs,
         batch_size=training.batch_size,
+        loss=loss,
+        num_particles=num_particles,
         validation=data.validation if data.validation is not None else training.validation or None,
         lr=training.lr,
         beta=training.beta,
         warmup=training.warmup,
         clip_norm=training.clip_norm,
         patience=training.patience,
+        capture="auto" if training.capture == "auto" else training.capture == "true",
+        compiled=training.compiled,
+        precision=training.precision,
+        tf32=training.tf32,
         seed=training.seed,
         device=training.device,
         run_dir=folder,
         resume=training.resume,
         config={"model": name, "data": training.data, "options": dataclasses.asdict(options)},
     )
-    pair.to("cpu")
+    if not processes.is_first:
+        return folder, pair, data
+    # What was trained in double precision is reported in the data's own.
+    pair.to("cpu", data.train.dtype)
     # An earlier evaluation was of other parameters.
-    (folder / "log_likelihood.json").unlink(missing_ok=True)
+    forget_likelihood(folder)
     write_loss_terms(folder, pair, data)
+    write_collapse(folder, pair, data)
     write_figures(folder, pair, data, run.metrics)
     console.print(f"report: {write_report(folder)}", soft_wrap=True, markup=False)
     return folder, pair, data
+
+
+def _join(device: str) -> Processes:
+    processes = join(resolve_device(device))
+    console.quiet = not processes.is_first
+    return processes
+
+
+def _loss(training: Training, pair: Pair) -> tuple[Loss, int]:
+    """Return the loss, and the draws that are not its own to make."""
+    count = training.num_particles
+    if training.loss == "iwae" or count < 1:
+        return iwae, count
+    kind = {"elbo": Trace_ELBO, "mean-field": TraceMeanField_ELBO}[training.loss]
+    # All draws in one pass, to the left of the pair's own plates.
+    return kind(count, max_plate_nesting=pair.max_plate_nesting, vectorize_particles=count > 1), 1
 
 
 def _load_data(name: str, root: str | None, download: bool = False) -> DataSet:
@@ -259,37 +203,28 @@ def load_run(folder: Path, data_root: str | None = None) -> tuple[Pair, DataSet]
 
 
 def _evaluate(command: Evaluate) -> None:
-    device = resolve_device(command.device)
+    processes = _join(command.device)
+    device = processes.device(resolve_device(command.device))
     pair, data = load_run(command.run, command.data_root)
     x = data.test if command.size is None else data_sets.subset_after_shuffle(data.test, command.size)
-    ll = _log_likelihood(pair.to(device), x, command.num_particles, command.memory, command.seed)
-    record_likelihood(command.run, ll)
-    _show(ll)
-    console.print(f"report: {write_report(command.run)}", soft_wrap=True, markup=False)
+    estimate = partial(
+        log_likelihood,
+        pair.to(device),
+        num_particles=command.num_particles,
+        memory=command.memory * MEBIBYTE,
+        run_dir=command.run,
+        progress=processes.is_first,
+    )
+    ll = processes.log_likelihood(estimate, x, seed=command.seed)
+    if processes.is_first:
+        _report_likelihood(command.run, ll)
 
 
-def _log_likelihood(pair: Pair, x: torch.Tensor, num_particles: int, memory: int, seed: int) -> LogLikelihood:
-    with rich.progress.Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task("log-likelihood", total=len(x))
-        return log_likelihood(
-            pair,
-            x,
-            num_particles=num_particles,
-            memory=memory * 2**20,
-            seed=seed,
-            progress=lambda done, _: bar.update(task, completed=done),
-        )
-
-
-def _show(ll: LogLikelihood) -> None:
-    table = Table("", "nats", title=ll.quantity)
-    table.add_row("mean over data", f"{ll.mean:.3f}")
-    table.add_row("standard error", f"{ll.mean_standard_error:.3f}")
-    table.add_row("Monte Carlo part", f"{ll.mean_monte_carlo_error:.4f}")
-    if ll.has_bits:
-        table.add_row("bits per dimension", f"{ll.bits_per_dimension:.4f}")
-    table.caption = f"{len(ll.per_datum)} data, K = {ll.num_particles}, median ESS {float(ll.ess.median()):.1f}"
-    console.print(table)
+def _report_likelihood(folder: Path, ll: LogLikelihood) -> None:
+    figures = record_likelihood(folder, ll)
+    notes = likelihood_notes(ll.record())
+    for line in (repr(ll), *notes, f"figures: {', '.join(map(str, figures))}", f"report: {write_report(folder)}"):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 def _sample(command: Sample) -> None:
@@ -332,15 +267,13 @@ def _demo(command: Demo) -> None:
     folder = command.run_dir or _free_folder(Path("runs/demo"))
     options = OPTIONS["srvae"]()
     folder, pair, data = _train("srvae", options, Training(run_dir=folder, epochs=command.epochs, lr=command.lr))
-    ll = _log_likelihood(pair, data.test, 1000, 512, seed=0)
-    record_likelihood(folder, ll)
-    _show(ll)
+    ll = log_likelihood(pair, data.test, num_particles=1000, seed=0)
     terms = read_json(folder / "loss_terms.json")
     table = Table("term (nats per datum)", *terms, title="−ELBO by sampling and in closed form")
     for name in terms["Trace_ELBO"]:
         table.add_row(name, *(f"{column[name][0]:.3f} ± {column[name][1]:.3f}" for column in terms.values()))
     console.print(table)
-    console.print(f"report: {write_report(folder)}", soft_wrap=True, markup=False)
+    _report_likelihood(folder, ll)
 
 
 def _free_folder(folder: Path) -> Path:

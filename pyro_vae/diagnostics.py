@@ -1,4 +1,4 @@
-"""What a trained pair does with its latents: how much each carries, which lie idle, which components are used."""
+"""What a trained pair does with its latents: how much they carry, which lie idle, which components are used."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch.distributions import Categorical, Normal
 
 from pyro_vae.checks import check_batch, check_support
 from pyro_vae.distributions import GaussianMixture
-from pyro_vae.evaluate import CHUNK
+from pyro_vae.information import MutualInformation, mutual_information
+from pyro_vae.memory import CHUNK
 from pyro_vae.pair import (
     Pair,
     bare,
@@ -24,11 +25,14 @@ from pyro_vae.pair import (
     trace_pair,
 )
 from pyro_vae.randomness import own_random_state
+from pyro_vae.scales import Scale
 
-__all__ = ["CollapseReport", "SiteReport", "collapse_report"]
+__all__ = ["CollapseReport", "SiteReport", "collapse_report", "noise_modules"]
 
 # A unit is active when its posterior mean varies over the data by more than this (Burda et al., 2016, section 5.2).
 ACTIVE_VARIANCE = 0.01
+# Nats from log B at which the estimated information is as good as at it.
+SATURATED = 0.1
 
 
 class SiteReport(NamedTuple):
@@ -51,20 +55,40 @@ class SiteReport(NamedTuple):
 
 
 class CollapseReport(NamedTuple):
-    """``sites`` by name, and plain ``sentences`` on what they mean."""
+    """``sites`` by name, what they carry together, and plain ``sentences`` on what it means.
+
+    ``mutual_information`` is that of x and all latents under q, a lower bound in expectation; None for a guide that
+    cannot score values which it has not drawn. ``noise`` holds γ, averaged over entries, by data site, where that is
+    Gaussian with a standard deviation that is the same for every datum.
+    """
 
     sites: dict[str, SiteReport]
+    mutual_information: MutualInformation | None
+    noise: dict[str, float]
     sentences: tuple[str, ...]
 
     def __repr__(self) -> str:
         return "\n".join(self.sentences)
+
+    def record(self) -> dict[str, Any]:
+        """Return the report as numbers, lists and strings, fit for JSON."""
+        sites = {name: {k: _plain(v) for k, v in site._asdict().items()} for name, site in self.sites.items()}
+        information = self.mutual_information
+        return {
+            "sites": sites,
+            "mutual_information": None if information is None else information._asdict(),
+            "noise": self.noise,
+            "sentences": list(self.sentences),
+        }
 
 
 def collapse_report(pair: Pair, *batch: Tensor, num_particles: int = 10, seed: int | None = None) -> CollapseReport:
     """Report what each latent site carries about the data.
 
     KL is closed per dimension for diagonal Gaussians, given the draws of earlier sites, and Monte Carlo elsewhere. The
-    variance of the posterior mean is corrected for what a finite number of draws adds to it.
+    variance of the posterior mean is corrected for what a finite number of draws adds to it. The mutual information is
+    estimated with the aggregate posterior of at most 512 of the data, as
+    :func:`~pyro_vae.information.mutual_information` states.
 
     Args:
         pair: any pair.
@@ -79,7 +103,9 @@ def collapse_report(pair: Pair, *batch: Tensor, num_particles: int = 10, seed: i
         ValueError: for bad data, fewer than two data or particles.
 
     Reference:
-        Burda, Grosse and Salakhutdinov (2016), Importance weighted autoencoders, ICLR, for active units.
+        Burda, Grosse and Salakhutdinov (2016), Importance weighted autoencoders, ICLR, for active units; Hoffman and
+        Johnson (2016), ELBO surgery, NIPS workshop, for the mutual information; Lucas, Tucker, Grosse and Norouzi
+        (2019), Don't blame the ELBO!, NeurIPS, for noise and collapse.
 
     >>> import pyro_vae as pv
     >>> collapse_report(pv.models.VAE((4,), pv.StandardNormal(3)), torch.randn(8, 4)).sites["z"].active.shape
@@ -93,6 +119,7 @@ def collapse_report(pair: Pair, *batch: Tensor, num_particles: int = 10, seed: i
     check_support(pair, batch, "x")
     device, batch = device_of(pair), to_pair(pair, batch)
     collected: dict[str, list[_Part]] = {}
+    noise: dict[str, float] = {}
     with evaluation(pair), torch.inference_mode(False), torch.no_grad(), own_random_state(seed, device):
         for rows in torch.arange(len(batch[0]), device=device).split(CHUNK):
             guide, model = trace_pair(pair, *(tensor[rows] for tensor in batch), num_particles=num_particles)
@@ -102,8 +129,68 @@ def collapse_report(pair: Pair, *batch: Tensor, num_particles: int = 10, seed: i
                 if name not in fixed:
                     part = _look_at(site, sites[name], -1 - pair.max_plate_nesting, (num_particles, len(rows)))
                     collected.setdefault(name, []).append(part)
+            # Shared by all data, so that the last chunk has it too.
+            noise = _noise(sites, fixed)
+        information = mutual_information(pair, batch)
     reports = {name: _summarise(parts, num_particles) for name, parts in collected.items()}
-    return CollapseReport(reports, tuple(line for name, report in reports.items() for line in _describe(name, report)))
+    lines = [line for name, report in reports.items() for line in _describe(name, report)]
+    # A prior that sees the data, through a point mass or a condition, bounds another information than this one.
+    total = sum(report.kl for report in reports.values()) if not fixed and len(batch) == 1 else None
+    lines += _describe_information(information, total) + _describe_noise(noise)
+    return CollapseReport(reports, information, noise, tuple(lines))
+
+
+def noise_modules(pair: Pair, *batch: Tensor) -> dict[str, str]:
+    """Return the module that holds γ, such as a :class:`~pyro_vae.LearnedScale`, by the data site that it serves.
+
+    Args:
+        pair: any pair.
+        batch: a few data and their conditions.
+
+    Returns:
+        Names as in ``pair.named_modules()``, by site; scales of latent sites are left out.
+    """
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        return lambda module, inputs, output: outputs.__setitem__(name, output)
+
+    hooks = [m.register_forward_hook(keep(name)) for name, m in pair.named_modules() if isinstance(m, Scale)]
+    try:
+        with evaluation(pair), own_random_state(0, device_of(pair)):
+            guide, model = trace_pair(pair, *to_pair(pair, tuple(tensor[:2] for tensor in batch)))
+            fixed = point_masses(guide)
+            data = {name: bare(site["fn"]) for name, site in _data_sites(sample_sites(model), fixed).items()}
+    finally:
+        for hook in hooks:
+            hook.remove()
+    # A distribution keeps an expanded view of the scale that it was given.
+    return {
+        site: module
+        for site, fn in data.items()
+        for module, output in outputs.items()
+        if isinstance(fn, Normal) and fn.scale.data_ptr() == output.data_ptr()
+    }
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, Tensor) else value
+
+
+def _data_sites(sites: dict[str, Any], fixed: set[str]) -> dict[str, Any]:
+    return {name: site for name, site in sites.items() if site["is_observed"] or name in fixed}
+
+
+def _noise(sites: dict[str, Any], fixed: set[str]) -> dict[str, float]:
+    """Return γ of each data site that is Gaussian with one standard deviation for all data and draws."""
+    noise = {}
+    for name, site in _data_sites(sites, fixed).items():
+        fn = bare(site["fn"])
+        if isinstance(fn, Normal):
+            entries = fn.scale.reshape(-1, *site["fn"].event_shape)
+            if (entries == entries[:1]).all():
+                noise[name] = float(entries[0].mean())
+    return noise
 
 
 class _Part(NamedTuple):
@@ -203,5 +290,29 @@ def _describe(name: str, report: SiteReport) -> list[str]:
         lines.append(
             f"{name}: {report.perplexity:.1f} of {len(report.usage)} components in use (perplexity of their mean "
             "responsibilities)."
+        )
+    return lines
+
+
+def _describe_information(information: MutualInformation | None, kl: float | None) -> list[str]:
+    if information is None:
+        return []
+    value, error, count, limit = information.value, information.standard_error, information.num_data, information.limit
+    text = f"I(x; {', '.join(information.sites)}) under q is at least {value:.2f} ± {error:.2f} nats"
+    text += f" and at most the KL, {kl:.2f}" if kl is not None else ""
+    lines = [f"{text} (from {count} data; a lower bound in expectation, of at most log {count} = {limit:.2f})."]
+    if limit - value < SATURATED:
+        lines.append("Each draw tells which datum it is of: the information is above what so many data can show.")
+    return lines
+
+
+def _describe_noise(noise: dict[str, float]) -> list[str]:
+    lines = []
+    for name, scale in noise.items():
+        share = "cheaper" if scale < 1 else "dearer"
+        times = scale**-2 if scale < 1 else scale**2
+        lines.append(
+            f"{name}: γ = {scale:.3g}, for the latents the same as unit noise with β = γ² = {scale**2:.3g}: beside "
+            f"{name}'s squared error the divergence is {times:.3g} times {share} than with γ = 1."
         )
     return lines

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from pyro import poutine
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from pyro_vae.checks import check_batch, check_support
+from pyro_vae.estimates import LogLikelihood
+from pyro_vae.kept import KeptChunks, evaluation_key
+from pyro_vae.memory import MEBIBYTE, chunk_sizes
 from pyro_vae.pair import (
+    LogTerms,
     Pair,
     check_measures,
     device_of,
@@ -29,104 +31,14 @@ from pyro_vae.pair import (
     to_pair,
     trace_pair,
 )
-from pyro_vae.psis import trust_threshold
-from pyro_vae.randomness import own_random_state
+from pyro_vae.progress import Progress, progress_bar
+from pyro_vae.randomness import derived_seed, fresh_seed, own_random_state
 from pyro_vae.weights import WeightStream, WeightSummary
 
 __all__ = ["LogLikelihood", "log_likelihood", "naive_log_likelihood", "quantity_of"]
 
-MEBIBYTE = 2**20
-# Data per chunk at most, and the bytes that a chunk on a CPU takes where more are allowed: larger ones run slower, by a
-# factor of two at 512 MiB, since every tensor is then fetched from fresh pages of memory.
-CHUNK = 128
-CPU_WORKING_SET = 64 * MEBIBYTE
-
-
-class LogLikelihood(NamedTuple):
-    """An estimated log-likelihood, per datum, in nats.
-
-    ``per_datum`` (B,) is L_K = log (1/K) Σ_k w_k, in expectation at most the ``quantity`` it estimates;
-    ``standard_error`` (B,) its Monte Carlo error by the delta method, NaN for K = 1; ``ess`` (B,) the effective sample
-    size (Σ w)² / Σ w². ``quantity`` says what was estimated: "log p(x)", "lower bound on log p(x)" where the guide
-    fixes a discrete site to a point mass, or a joint density such as "log p(x, y)" where it fixes a continuous one.
-
-    ``pareto_k`` (B,) is the shape k̂ of the weights' tail: the error is not to be trusted above ``threshold``. It is −∞
-    for weights that are equal up to rounding, and NaN for K < 25. ``smoothed`` (B,) is L_K with the tail
-    Pareto-smoothed. ``curve`` (J, B) holds L_1, L_2, L_4, … up to the largest power of two within K, each the mean over
-    disjoint blocks of the same draws, so that its later entries rest on fewer blocks.
-    """
-
-    per_datum: Tensor
-    standard_error: Tensor
-    ess: Tensor
-    num_particles: int
-    quantity: str
-    discrete: bool
-    num_dimensions: int
-    pareto_k: Tensor
-    smoothed: Tensor
-    curve: Tensor
-
-    @property
-    def mean(self) -> float:
-        """The data's mean log-likelihood."""
-        return float(self.per_datum.mean())
-
-    @property
-    def mean_standard_error(self) -> float:
-        """The mean's standard error as an estimate for the population that the data are a sample of; NaN for one."""
-        if len(self.per_datum) < 2:
-            return math.nan
-        return float(self.per_datum.std() / math.sqrt(len(self.per_datum)))
-
-    @property
-    def mean_monte_carlo_error(self) -> float:
-        """The part of the mean's error that more particles would remove."""
-        return float((self.standard_error**2).sum().sqrt() / len(self.per_datum))
-
-    @property
-    def threshold(self) -> float:
-        """The k̂ above which a datum's estimate is not to be trusted, min(1 − 1/log10 K, 0.7); NaN for K < 25."""
-        return trust_threshold(self.num_particles)
-
-    @property
-    def share_above_threshold(self) -> float:
-        """The share of data whose k̂ is above the threshold; NaN for K < 25."""
-        if math.isnan(self.threshold):
-            return math.nan
-        return float((self.pareto_k > self.threshold).double().mean())
-
-    @property
-    def worst(self) -> Tensor:
-        """The data by index, (B,), from the largest k̂ to the smallest."""
-        return self.pareto_k.argsort(descending=True, stable=True)
-
-    @property
-    def has_bits(self) -> bool:
-        """Whether bits per dimension mean something: a mass on discrete data, of x alone."""
-        return self.discrete and self.quantity.endswith("log p(x)")
-
-    @property
-    def bits_per_dimension(self) -> float:
-        """−log p(x) / (D log 2), for a probability mass on discrete data; see ``has_bits``.
-
-        Raises:
-            ValueError: for a density, whose value depends on the data's unit, and for a joint density.
-        """
-        if not self.quantity.endswith("log p(x)"):
-            raise ValueError(f"bits per dimension are of p(x) alone; this is {self.quantity}")
-        if not self.discrete:
-            raise ValueError(
-                "bits per dimension need a probability mass: use a discretised likelihood on the data's own levels"
-            )
-        return -self.mean / (self.num_dimensions * math.log(2))
-
-    def __repr__(self) -> str:
-        return (
-            f"{self.quantity} = {self.mean:.3f} ± {self.mean_standard_error:.3f} nats "
-            f"(mean over {len(self.per_datum)} data ± standard error; Monte Carlo part ± "
-            f"{self.mean_monte_carlo_error:.3f}, K = {self.num_particles})"
-        )
+# Log-weights (k, b) of a chunk of b data and k draws.
+LogWeights = Callable[[tuple[Tensor, ...], int], Tensor]
 
 
 def log_likelihood(
@@ -135,29 +47,37 @@ def log_likelihood(
     num_particles: int = 1000,
     memory: int = 512 * MEBIBYTE,
     seed: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = True,
+    run_dir: str | Path | None = None,
 ) -> LogLikelihood:
     """Estimate log p(x) per datum by importance sampling from the guide.
 
     L_K = log (1/K) Σ_k p(x, z_k) / q(z_k | x),   z_k ~ q(z | x);   E L_K ≤ log p(x), and E L_K rises with K
 
     The weights are accumulated in float64 over chunks of particles and data; no more than ``memory`` is held at once.
-    The pair is evaluated in evaluation mode and left as it was, as is the caller's random state.
+    The pair is evaluated in evaluation mode and left as it was, as is the caller's random state. Each chunk of data
+    draws from a seed of its own, so that an evaluation which is interrupted goes on, where ``run_dir`` keeps its
+    finished chunks, by the same call, and gives bit for bit what an unbroken one gives.
 
     Args:
         pair: any pair.
         batch: ``x`` (B, …) and the pair's conditions.
         num_particles: K.
         memory: bytes that the tensors of a chunk may take, as measured on ever larger chunks; on a CPU fewer are taken
-            where larger chunks would only run slower. A seeded estimate depends on it, since chunks draw in turn.
+            where larger chunks would only run slower. A seeded estimate depends on it, since every chunk has its draws.
         seed: of the draws; fresh entropy without one, so that repeated calls differ.
-        progress: called with data done and data in all.
+        progress: whether to draw a progress bar, which appears after a second; or a function, called with data done and
+            data in all.
+        run_dir: folder that keeps finished chunks, each for this pair, its parameters, data, K, memory and seed alone;
+            it needs a seed. None keeps no file.
 
     Returns:
         :class:`LogLikelihood`.
 
     Raises:
-        ValueError: for bad data, K < 1, and a budget too small for one datum and one particle.
+        ValueError: for bad data, K < 1, a budget too small for one datum and one particle, with the least that works;
+            for a datum whose weights are all zero, or one of them infinite or NaN, with its index and the site to
+            blame; for ``run_dir`` without a seed, and a damaged or foreign file in it.
 
     Reference:
         Burda, Grosse and Salakhutdinov (2016), Importance weighted autoencoders, ICLR.
@@ -169,10 +89,8 @@ def log_likelihood(
     (True, 'log p(x)')
     """
 
-    def log_weights(chunk: tuple[Tensor, ...], size: int) -> Tensor:
-        return log_terms(pair, *chunk, num_particles=size).log_weights
-
-    return _estimate(pair, batch, log_weights, num_particles, memory, seed, progress, naive=False)
+    settings = _Settings(num_particles, memory, seed, progress, run_dir, naive=False)
+    return _estimate(pair, batch, lambda chunk, size: _weights(log_terms(pair, *chunk, num_particles=size)), settings)
 
 
 def naive_log_likelihood(
@@ -181,14 +99,15 @@ def naive_log_likelihood(
     num_particles: int = 1000,
     memory: int = 512 * MEBIBYTE,
     seed: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = True,
+    run_dir: str | Path | None = None,
 ) -> LogLikelihood:
     """Estimate log p(x) per datum by draws from the prior: the baseline that shows why the others exist.
 
     log (1/K) Σ_k p(x | z_k),   z_k ~ p(z)
 
     Args:
-        pair, batch, num_particles, memory, seed, progress: as for :func:`log_likelihood`.
+        pair, batch, num_particles, memory, seed, progress, run_dir: as for :func:`log_likelihood`.
 
     Returns:
         :class:`LogLikelihood`; of log p(x) whatever the guide.
@@ -199,12 +118,10 @@ def naive_log_likelihood(
     dim = particle_dim(pair)
 
     def log_weights(chunk: tuple[Tensor, ...], size: int) -> Tensor:
-        with particle_plate(pair, size):
-            model = poutine.trace(type(pair).model).get_trace(pair, *chunk)
-        observed = [site_log_prob(s, dim) for s in sample_sites(model).values() if s["is_observed"]]
-        return torch.stack(observed).sum(0)
+        observed = [site for site in sample_sites(_prior_trace(pair, chunk, size)).values() if site["is_observed"]]
+        return torch.stack([site_log_prob(site, dim) for site in observed]).sum(0)
 
-    return _estimate(pair, batch, log_weights, num_particles, memory, seed, progress, naive=True)
+    return _estimate(pair, batch, log_weights, _Settings(num_particles, memory, seed, progress, run_dir, naive=True))
 
 
 def quantity_of(pair: Pair, *batch: Tensor) -> str:
@@ -237,47 +154,30 @@ def _describe(pair: Pair, batch: tuple[Tensor, ...], *, naive: bool = False) -> 
     return (f"lower bound on {target}" if fixed and not joint else target), discrete
 
 
-def _estimate(
-    pair: Pair,
-    batch: tuple[Tensor, ...],
-    log_weights: Callable[[tuple[Tensor, ...], int], Tensor],
-    num_particles: int,
-    memory: int,
-    seed: int | None,
-    progress: Callable[[int, int], None] | None,
-    *,
-    naive: bool,
-) -> LogLikelihood:
+class _Settings(NamedTuple):
+    """What a user asks of an estimate; ``naive`` for draws from the prior."""
+
+    num_particles: int
+    memory: int
+    seed: int | None
+    progress: Progress
+    run_dir: str | Path | None
+    naive: bool
+
+
+def _estimate(pair: Pair, batch: tuple[Tensor, ...], log_weights: LogWeights, settings: _Settings) -> LogLikelihood:
     check_batch(pair, batch)
     check_support(pair, batch, "x")
+    num_particles = settings.num_particles
     if num_particles < 1:
         raise ValueError(f"num_particles is {num_particles}; it counts draws per datum and must be at least 1")
-    device, batch = device_of(pair), to_pair(pair, batch)
-    quantity, discrete = _describe(pair, batch, naive=naive)
-    count, parts = len(batch[0]), []
-
-    def stream(chunk: tuple[Tensor, ...], sizes: list[int]) -> WeightStream:
-        weights = WeightStream(len(chunk[0]), num_particles, device)
-        for size in sizes:
-            weights.add(log_weights(chunk, size))
-        return weights
-
-    with evaluation(pair), own_random_state(seed, device):
-        data, particles = chunk_sizes(lambda chunk, size: stream(chunk, [size]), batch, num_particles, memory)
-        for rows in torch.arange(count, device=device).split(data):
-            chunk = tuple(tensor[rows] for tensor in batch)
-            parts.append(stream(chunk, _split_into(num_particles, particles)).summary())
-            if progress is not None:
-                progress(int(rows[-1]) + 1, count)
+    if settings.run_dir is not None and settings.seed is None:
+        raise ValueError("run_dir keeps the chunks of one seed, so that they can be continued: pass seed=0, say")
+    batch = to_pair(pair, batch)
+    quantity, discrete = _describe(pair, batch, naive=settings.naive)
+    with evaluation(pair):
+        parts = _summaries(pair, batch, log_weights, settings)
     summary = WeightSummary(*(torch.cat(fields, -1) for fields in zip(*parts, strict=True)))
-    first = summary.log_mean
-    if (bad := ~torch.isfinite(first)).any():
-        i = int(bad.nonzero()[0])
-        raise ValueError(
-            f"all {num_particles} weights of datum {i} are {'NaN' if first[i].isnan() else 'zero or infinite'} "
-            f"({int(bad.sum())} data in all): no draw of the guide explains it; train the pair further, or look at "
-            f"pv.site_terms(pair, x[{i}:{i + 1}])"
-        )
     return LogLikelihood(
         per_datum=summary.log_mean,
         standard_error=summary.standard_error,
@@ -289,91 +189,115 @@ def _estimate(
         pareto_k=summary.pareto_k,
         smoothed=summary.smoothed,
         curve=summary.curve,
+        curve_standard_error=summary.curve_standard_error,
     )
 
 
-def _split_into(total: int, size: int) -> list[int]:
-    return [min(size, total - start) for start in range(0, total, size)]
+def _summaries(
+    pair: Pair, batch: tuple[Tensor, ...], log_weights: LogWeights, settings: _Settings
+) -> list[WeightSummary]:
+    """Return what the weights of each chunk of data say, those that a run folder keeps among them."""
+    num_particles, device, count = settings.num_particles, device_of(pair), len(batch[0])
+    seed = fresh_seed() if settings.seed is None else settings.seed
+
+    def weigh(chunk: tuple[Tensor, ...], sizes: list[int]) -> WeightStream:
+        weights = WeightStream(len(chunk[0]), num_particles, device)
+        for size in sizes:
+            weights.add(log_weights(chunk, size))
+        return weights
+
+    data, particles = chunk_sizes(lambda chunk, size: weigh(chunk, [size]), batch, num_particles, settings.memory)
+    sizes = [min(particles, num_particles - start) for start in range(0, num_particles, particles)]
+    kept = _kept(pair, batch, log_weights, settings, (data, particles))
+    parts: list[WeightSummary] = []
+    try:
+        with progress_bar(settings.progress, "log-likelihood", count) as update:
+            for start in range(0, count, data):
+                rows = range(start, min(start + data, count))
+                summary = kept.read(rows) if kept is not None else None
+                if summary is None:
+                    chunk = tuple(tensor[rows.start : rows.stop] for tensor in batch)
+                    # A chunk's draws depend on nothing that came before it.
+                    drawing = derived_seed(seed, "log-likelihood", start)
+                    with own_random_state(drawing, device):
+                        summary = weigh(chunk, sizes).summary()
+                    if not summary.log_mean.isfinite().all():
+                        with own_random_state(drawing, device):
+                            raise ValueError(_what_is_wrong(pair, chunk, sizes, summary, start, settings.naive))
+                    if kept is not None:
+                        kept.write(rows, summary)
+                parts.append(summary)
+                update(rows.stop)
+    except KeyboardInterrupt as interrupt:
+        done = min(len(parts) * data, count)
+        how = f"; {kept.folder} keeps them: the same call goes on from there" if kept is not None else ""
+        interrupt.add_note(f"interrupted with {done} of {count} data evaluated{how}")
+        raise
+    return parts
 
 
-def chunk_sizes(
-    log_weights: Callable[[tuple[Tensor, ...], int], Any], batch: tuple[Tensor, ...], num_particles: int, memory: int
-) -> tuple[int, int]:
-    """Return how many data and particles a chunk may hold so that its tensors stay within ``memory`` bytes.
-
-    The peak is measured, never guessed from a smaller chunk's growth: an encoder may set it at few particles and the
-    decoder at many. A chunk of n times the size takes at most n times the bytes, so that no measurement overshoots.
-
-    Raises:
-        ValueError: when one datum and one particle already take more.
-    """
-
-    def peak(data: int, particles: int) -> int:
-        chunk = tuple(tensor[:data] for tensor in batch)
-        return max(1, _peak_memory(partial(log_weights, chunk, particles), chunk[0].device))
-
-    least = peak(1, 1)
-    if least > memory:
-        raise ValueError(
-            f"one datum and one particle take {least / MEBIBYTE:.3f} MiB, more than memory, "
-            f"{memory / MEBIBYTE:.3f} MiB: raise it"
-        )
-    target = memory if batch[0].device.type == "cuda" else max(least, min(memory, CPU_WORKING_SET))
-    data = max(1, min(CHUNK, len(batch[0]), target // least))
-    particles, measured = 1, peak(data, 1)
-    while particles < num_particles:
-        # A tenth is left for what an allocation is rounded up to.
-        larger = min(num_particles, int(0.9 * target * particles / measured))
-        if larger <= particles:
-            break
-        grown = larger >= 1.5 * particles
-        particles, measured = larger, peak(data, larger) if grown else measured
-        if not grown:
-            break
-    return data, particles
+def _kept(
+    pair: Pair, batch: tuple[Tensor, ...], log_weights: LogWeights, settings: _Settings, chunk: tuple[int, int]
+) -> KeptChunks | None:
+    if settings.run_dir is None:
+        return None
+    with own_random_state(0, device_of(pair)):
+        probe = log_weights(tuple(tensor[:2] for tensor in batch), 2)
+    kind = "naive" if settings.naive else "importance"
+    numbers = (kind, settings.num_particles, str(settings.seed), *chunk, device_of(pair).type)
+    return KeptChunks(Path(settings.run_dir), evaluation_key(pair, batch, probe, numbers), settings.num_particles)
 
 
-def _peak_memory(run: Callable[[], Any], device: torch.device) -> int:
-    with own_random_state(0, device):
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            before = torch.cuda.memory_allocated(device)
-            run()
-            return torch.cuda.max_memory_allocated(device) - before
-        with _CountBytes() as counter:
-            run()
-        return counter.peak
+def _weights(terms: LogTerms) -> Tensor:
+    """Return log-weights (K, B), NaN where the guide's density is infinite: such a draw would count as impossible."""
+    return torch.where(terms.log_guide.isposinf(), math.nan, terms.log_weights)
 
 
-class _CountBytes(TorchDispatchMode):
-    """Follow how many bytes of tensors made inside are alive, and the most there were: torch counts none on a CPU."""
+def _what_is_wrong(
+    pair: Pair, chunk: tuple[Tensor, ...], sizes: list[int], summary: WeightSummary, start: int, naive: bool
+) -> str:
+    """Draw a chunk's weights once more and say at which site its first bad datum's go wrong."""
+    bad = (~summary.log_mean.isfinite()).nonzero().flatten().tolist()
+    datum, others = bad[0], f" ({len(bad)} such data among the {len(chunk[0])} of its chunk)" if len(bad) > 1 else ""
+    name, where = f"datum {start + datum}{others}", f"pv.site_terms(pair, x[{start + datum}:{start + datum + 1}])"
+    impossible: set[str] | None = None
+    for size in sizes:
+        never = set()
+        for site, log_density in _densities(pair, chunk, size, naive).items():
+            values = log_density.expand(size, len(chunk[0]))[:, datum]
+            if values.isnan().any():
+                return f"a weight of {name} is NaN: {site} has log-density NaN; look at {where}"
+            if values.isposinf().any():
+                return (
+                    f"a weight of {name} is infinite or has no meaning: {site} has an infinite density; keep its scale "
+                    "above zero, and the data away from where its density has a pole (dequantise them)"
+                )
+            if values.isneginf().all():
+                never.add(site)
+        impossible = never if impossible is None else impossible & never
+    blamed = f"{', '.join(sorted(impossible))} rules them out" if impossible else "a site rules each of them out"
+    return (
+        f"all {sum(sizes)} weights of {name} are zero: no draw explains it, {blamed}; train the pair further, or look "
+        f"at {where}"
+    )
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive = self.peak = 0
-        self.seen: set[int] = set()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for tensor in tree_leaves((args, kwargs)):
-            if isinstance(tensor, Tensor):
-                # What comes in unseen was made outside, a parameter say; a view of it takes nothing.
-                self._count(tensor.untyped_storage(), outside=True)
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage())
-        return result
+def _densities(pair: Pair, chunk: tuple[Tensor, ...], size: int, naive: bool) -> dict[str, Tensor]:
+    """Return log-densities by site, the guide's first, as an estimate draws them."""
+    dim = particle_dim(pair)
+    if naive:
+        observed = {n: s for n, s in sample_sites(_prior_trace(pair, chunk, size)).items() if s["is_observed"]}
+        return {f"the model's site '{name}'": site_log_prob(site, dim) for name, site in observed.items()}
+    guide, model = trace_pair(pair, *chunk, num_particles=size)
+    traces = {"guide": guide, "model": model}
+    return {
+        f"the {program}'s site '{name}'": site_log_prob(site, dim)
+        for program, trace in traces.items()
+        for name, site in sample_sites(trace).items()
+    }
 
-    def _count(self, storage: torch.UntypedStorage, *, outside: bool = False) -> None:
-        key = storage._cdata
-        if key in self.seen:
-            return
-        self.seen.add(key)
-        size = 0 if outside else storage.nbytes()
-        self.alive += size
-        self.peak = max(self.peak, self.alive)
-        weakref.finalize(storage, self._forget, key, size)
 
-    def _forget(self, key: int, size: int) -> None:
-        self.seen.discard(key)
-        self.alive -= size
+def _prior_trace(pair: Pair, chunk: tuple[Tensor, ...], size: int) -> Trace:
+    """Return the model's trace with latents from their priors."""
+    with particle_plate(pair, size):
+        return poutine.trace(type(pair).model).get_trace(pair, *chunk)

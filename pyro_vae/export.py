@@ -13,12 +13,9 @@ from torch import Tensor
 
 from pyro_vae._version import __version__
 from pyro_vae.checks import check_batch, check_support
-from pyro_vae.evaluate import (
-    MEBIBYTE,
-    LogLikelihood,
-    chunk_sizes,
-    quantity_of,
-)
+from pyro_vae.estimates import LogLikelihood
+from pyro_vae.evaluate import quantity_of
+from pyro_vae.memory import MEBIBYTE, chunk_sizes
 from pyro_vae.pair import (
     Pair,
     device_of,

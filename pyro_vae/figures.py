@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import matplotlib.figure
 import torch
+from matplotlib.ticker import LogFormatter
 from torch import Tensor
 
 from pyro_vae.checkpoint import write_whole
 from pyro_vae.conditionals import MixtureOfGaussians
 from pyro_vae.data import DataSet
+from pyro_vae.diagnostics import CollapseReport, noise_modules
+from pyro_vae.estimates import LogLikelihood
 from pyro_vae.pair import Pair
 from pyro_vae.predict import SuperResolution, generate, posterior, reconstruct, super_resolve
 from pyro_vae.randomness import own_random_state
 
-__all__ = ["FIGURES", "image_grid", "save_figure", "super_resolution_grid"]
+__all__ = ["FIGURES", "LIKELIHOOD_FIGURES", "image_grid", "save_figure", "super_resolution_grid"]
 
 Figure = matplotlib.figure.Figure
 Draw = Callable[[Pair, DataSet, list[dict[str, Any]]], Figure | None]
@@ -56,14 +60,12 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def loss(pair: Pair, data: DataSet, metrics: list[dict[str, Any]]) -> Figure | None:
-    """Draw −ELBO, its terms and the learned scales over epochs."""
+    """Draw −ELBO and its terms over epochs."""
     if not metrics:
         return None
     epochs = [record["epoch"] for record in metrics]
-    scales = list(metrics[-1]["monitor"])
-    panels = 3 if scales else 2
-    figure = Figure(figsize=(4.2 * panels, 3.4), layout="constrained")
-    axes = figure.subplots(1, panels)
+    figure = Figure(figsize=(8.4, 3.4), layout="constrained")
+    axes = figure.subplots(1, 2)
     axes[0].plot(epochs, [r["loss"] for r in metrics], label="training")
     if metrics[-1]["validation_loss"] is not None:
         axes[0].plot(epochs, [r["validation_loss"] for r in metrics], label="validation")
@@ -71,12 +73,34 @@ def loss(pair: Pair, data: DataSet, metrics: list[dict[str, Any]]) -> Figure | N
     for name in metrics[-1]["terms"]:
         axes[1].plot(epochs, [r["terms"][name] for r in metrics], label=name)
     axes[1].set_ylabel("share of −ELBO by site (nats)")
-    if scales:
-        for name in scales:
-            axes[2].plot(epochs, [r["monitor"][name] for r in metrics], label=name.removesuffix(".head.scale"))
-        axes[2].set_ylabel("learned scale (unit of the data)")
-        axes[2].set_yscale("log")
     for ax in axes:
+        ax.set_xlabel("epoch")
+        ax.legend(fontsize=8)
+        ax.grid(alpha=0.3)
+    return figure
+
+
+def scales(pair: Pair, data: DataSet, metrics: list[dict[str, Any]]) -> Figure | None:
+    """Draw γ over epochs, and for the noise of data sites the β it amounts to; None for a pair without a scale."""
+    if not metrics or not metrics[-1]["monitor"]:
+        return None
+    epochs, noise = [record["epoch"] for record in metrics], noise_modules(pair, data.test[:2])
+    figure = Figure(figsize=(8.4 if noise else 4.4, 3.4), layout="constrained")
+    axes = figure.subplots(1, 2 if noise else 1, squeeze=False)[0]
+    for name in metrics[-1]["monitor"]:
+        axes[0].plot(epochs, [r["monitor"][name] for r in metrics], label=name.removesuffix(".head.scale"))
+    axes[0].set_ylabel("γ (unit of the data)")
+    for site, name in noise.items():
+        axes[1].plot(epochs, [r["beta"] * r["monitor"][name] ** 2 for r in metrics], label=f"site {site}")
+    if noise:
+        axes[1].axhline(1.0, linestyle="--", color="gray", linewidth=1, label="the ELBO at γ = 1")
+        axes[1].set_ylabel("β of unit noise: training's β × γ²")
+    for ax in axes:
+        # Training's β is 0 where a warm-up begins, which a logarithm would not show.
+        ax.set_yscale("log", nonpositive="mask")
+        ax.yaxis.set_major_formatter("{x:.3g}")
+        ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
+        ax.xaxis.get_major_locator().set_params(integer=True)
         ax.set_xlabel("epoch")
         ax.legend(fontsize=8)
         ax.grid(alpha=0.3)
@@ -158,8 +182,110 @@ def _enlarge(image: Tensor, size: torch.Size) -> Tensor:
 
 FIGURES: dict[str, Draw] = {
     "loss": loss,
+    "scales": scales,
     "reconstructions": reconstructions,
     "super_resolution": super_resolution,
     "samples": samples,
     "latent_map": latent_map,
+}
+
+
+def likelihood_curve(ll: LogLikelihood) -> Figure | None:
+    """Draw L_K, the mean over data, with its Monte Carlo error against K."""
+    rows = torch.tensor([[float(value) for value in row] for row in ll.record()["curve"]], dtype=torch.float64)
+    # Where a single weight may be zero, the first bounds are −∞.
+    particles, means, errors = rows[rows[:, 1].isfinite()].nan_to_num(0.0).mT.numpy()
+    figure = Figure(figsize=(5.2, 3.4), layout="constrained")
+    ax = figure.subplots()
+    ax.errorbar(particles, means, yerr=errors, marker="o", markersize=4, capsize=3, label="L_K ± Monte Carlo error")
+    ax.axhline(ll.mean, linestyle="--", color="gray", label=f"all {ll.num_particles} draws: {ll.mean:.3f}")
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(particles, [f"{int(k)}" for k in particles], fontsize=8)
+    ax.set_xlabel("particles per datum, K")
+    ax.set_ylabel(f"{ll.quantity}, mean over data (nats)", fontsize=9)
+    ax.legend(fontsize=8, loc="lower right")
+    ax.grid(alpha=0.3)
+    return figure
+
+
+def pareto_k(ll: LogLikelihood) -> Figure | None:
+    """Draw each datum's k̂ in ascending order; None where none is finite."""
+    ordered = ll.pareto_k.sort().values
+    rank, finite = torch.arange(len(ordered)) + 1, ordered.isfinite()
+    if not finite.any():
+        return None
+    figure = Figure(figsize=(5.2, 3.4), layout="constrained")
+    ax = figure.subplots()
+    low, high = finite & (ordered <= ll.threshold), finite & (ordered > ll.threshold)
+    for which, colour, side in ((low, "tab:blue", "up to"), (high, "tab:red", "above")):
+        label = f"{int(which.sum())} data {side} it"
+        ax.plot(rank[which].numpy(), ordered[which].numpy(), ".", markersize=4, color=colour, label=label)
+    ax.axhline(ll.threshold, linestyle="--", color="gray", label=f"threshold {ll.threshold:.2f}")
+    # Infinite values lie on the frame's edges, and the legend says what they are.
+    bottom, top = ax.get_ylim()
+    for value, edge, marker, what in ((-math.inf, bottom, "v", "equal weights"), (math.inf, top, "^", "too many ties")):
+        if (which := ordered == value).any():
+            at, label = torch.full((int(which.sum()),), edge), f"{int(which.sum())} data at {value:+} ({what})"
+            ax.plot(
+                rank[which].numpy(), at.numpy(), marker, markersize=5, color="tab:orange", clip_on=False, label=label
+            )
+    ax.set_ylim(bottom, top)
+    ax.set_xlabel("data, by k̂")
+    ax.set_ylabel(f"Pareto k̂ of {ll.num_particles} weights")
+    ax.legend(fontsize=8, loc="upper left")
+    ax.grid(alpha=0.3)
+    return figure
+
+
+def likelihood_histogram(ll: LogLikelihood) -> Figure | None:
+    """Draw how the estimate is distributed over data."""
+    figure = Figure(figsize=(5.2, 3.4), layout="constrained")
+    ax = figure.subplots()
+    # Twice the cube root (Rice's rule), within what the eye can tell apart.
+    bins = max(5, min(60, round(2 * len(ll.per_datum) ** (1 / 3))))
+    ax.hist(ll.per_datum.numpy(), bins=bins, color="tab:blue", alpha=0.7)
+    ax.axvline(ll.mean, linestyle="--", color="black", label=f"mean {ll.mean:.2f} ± {ll.mean_standard_error:.2f}")
+    ax.set_xlabel(f"{ll.quantity} (nats)")
+    ax.set_ylabel(f"data, of {len(ll.per_datum)}")
+    ax.legend(fontsize=8)
+    ax.grid(alpha=0.3)
+    return figure
+
+
+def collapse(report: CollapseReport) -> Figure | None:
+    """Draw each site's KL per unit, or the variance of its posterior mean, and the components in use."""
+    panels: list[tuple[str, str, Tensor, Tensor | None]] = []
+    for name, site in report.sites.items():
+        units = site.mean_variance if site.kl_per_dimension is None else site.kl_per_dimension
+        what = "variance of the posterior mean" if site.kl_per_dimension is None else "KL (nats)"
+        if units is not None:
+            panels.append((f"unit of {name}", what, units, site.active))
+        if site.usage is not None:
+            panels.append((f"component of {name}", "mean responsibility", site.usage, None))
+    if not panels:
+        return None
+    figure = Figure(figsize=(4.4 * len(panels), 3.2), layout="constrained")
+    for ax, (unit, what, values, active) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        order = values.argsort(descending=True)
+        at, heights = torch.arange(len(order)) + 1, values[order]
+        groups = [("", "tab:green", torch.ones(len(order), dtype=torch.bool))]
+        if active is not None:
+            on = active[order]
+            groups = [(f"{int(on.sum())} active", "tab:blue", on), (f"{int((~on).sum())} idle", "tab:red", ~on)]
+        for label, colour, which in groups:
+            if which.any():
+                ax.bar(at[which].numpy(), heights[which].numpy(), color=colour, label=label)
+        ax.set_xlabel(f"{unit}, from the largest")
+        ax.set_ylabel(what)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.grid(alpha=0.3, axis="y")
+        if active is not None:
+            ax.legend(fontsize=8)
+    return figure
+
+
+LIKELIHOOD_FIGURES: dict[str, Callable[[LogLikelihood], Figure | None]] = {
+    "likelihood_curve": likelihood_curve,
+    "pareto_k": pareto_k,
+    "likelihood_histogram": likelihood_histogram,
 }

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal, Normal
 
 from pyro_vae.checks import check_batch, check_support
-from pyro_vae.evaluate import CHUNK
+from pyro_vae.memory import CHUNK
 from pyro_vae.pair import (
     Pair,
     bare,

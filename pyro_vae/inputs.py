@@ -83,6 +83,7 @@ def check_data(
     batch_size: int,
     epochs: int,
     num_particles: int,
+    processes: int = 1,
 ) -> None:
     """Refuse data that the pair cannot take, and counts that do not fit them.
 
@@ -96,6 +97,10 @@ def check_data(
         raise ValueError(f"epochs is {epochs}; it must be at least 1")
     if not 1 <= batch_size <= len(train[0]):
         raise ValueError(f"batch_size is {batch_size}; there are {len(train[0])} training data")
+    if batch_size * processes > len(train[0]):
+        raise ValueError(
+            f"batch_size is {batch_size} in {processes} processes; there are {len(train[0])} training data"
+        )
     if num_particles < 1:
         raise ValueError(f"num_particles is {num_particles}; it must be at least 1")
     check_support(pair, train, "data")

@@ -14,10 +14,11 @@ from torch import Tensor
 from pyro_vae.analytic import HasClosedForm, analytic_loss
 from pyro_vae.checkpoint import read_json, write_text
 from pyro_vae.data import DataSet
+from pyro_vae.diagnostics import collapse_report, noise_modules
 from pyro_vae.distributions import GaussianMixture
 from pyro_vae.divergences import monte_carlo_kl, variational_kl_bound
-from pyro_vae.evaluate import LogLikelihood
-from pyro_vae.figures import FIGURES, save_figure
+from pyro_vae.estimates import LogLikelihood, likelihood_notes, likelihood_rows
+from pyro_vae.figures import FIGURES, LIKELIHOOD_FIGURES, collapse, save_figure
 from pyro_vae.pair import Pair, device_of, evaluation, site_terms, to_pair
 from pyro_vae.randomness import own_random_state
 
@@ -26,8 +27,7 @@ __all__ = ["loss_terms", "markdown_table", "record_likelihood", "write_figures",
 # A standard error from 50 repetitions is itself known to a tenth.
 REPETITIONS = 50
 PARTICLES = 20
-# With so few effective draws the delta method's error is itself of the order of the estimate's bias.
-FEW_EFFECTIVE = 10
+LIKELIHOOD, COLLAPSE = "log_likelihood.json", "collapse.json"
 
 
 def loss_terms(pair: Pair, *batch: Tensor, seed: int = 0) -> dict[str, dict[str, tuple[float, float]]]:
@@ -80,20 +80,33 @@ def write_loss_terms(folder: Path, pair: Pair, data: DataSet) -> None:
         write_text(folder / "loss_terms.json", json.dumps(loss_terms(pair, data.test[:512]), indent=2) + "\n")
 
 
-def record_likelihood(folder: Path, ll: LogLikelihood) -> None:
-    """Keep a log-likelihood in the run folder."""
-    record: dict[str, Any] = {
-        "quantity": ll.quantity,
-        "mean": ll.mean,
-        "standard_error": ll.mean_standard_error,
-        "monte_carlo_error": ll.mean_monte_carlo_error,
-        "num_particles": ll.num_particles,
-        "data": len(ll.per_datum),
-        "median_ess": float(ll.ess.median()),
-    }
-    if ll.has_bits:
-        record["bits_per_dimension"] = ll.bits_per_dimension
-    write_text(folder / "log_likelihood.json", json.dumps(record, indent=2) + "\n")
+def record_likelihood(folder: Path, ll: LogLikelihood) -> list[Path]:
+    """Keep a log-likelihood in the run folder, draw its figures and return their paths."""
+    forget_likelihood(folder)
+    paths = []
+    for name, draw in LIKELIHOOD_FIGURES.items():
+        figure = draw(ll)
+        if figure is not None:
+            paths.append(folder / "figures" / f"{name}.png")
+            save_figure(figure, paths[-1])
+    # The table last: a report shows the figures only where there is one.
+    write_text(folder / LIKELIHOOD, json.dumps(ll.record(), indent=2, allow_nan=False) + "\n")
+    return paths
+
+
+def forget_likelihood(folder: Path) -> None:
+    """Remove what an earlier evaluation left for the report: it was of other parameters, or is about to be replaced."""
+    for path in (LIKELIHOOD, *(f"figures/{name}.png" for name in LIKELIHOOD_FIGURES)):
+        (folder / path).unlink(missing_ok=True)
+
+
+def write_collapse(folder: Path, pair: Pair, data: DataSet) -> None:
+    """Keep :func:`~pyro_vae.collapse_report` of test data in the run folder, with its figure."""
+    report = collapse_report(pair, data.test[:512], seed=0)
+    if (figure := collapse(report)) is not None:
+        save_figure(figure, folder / "figures" / "collapse.png")
+    record = {**report.record(), "noise_modules": noise_modules(pair, data.test[:2])}
+    write_text(folder / COLLAPSE, json.dumps(record, indent=2) + "\n")
 
 
 def write_figures(folder: Path, pair: Pair, data: DataSet, metrics: list[dict[str, Any]]) -> list[Path]:
@@ -109,11 +122,24 @@ def write_figures(folder: Path, pair: Pair, data: DataSet, metrics: list[dict[st
 
 
 CAPTIONS = {
-    "loss": "Training and validation −ELBO, each site's share of it, and the learned scales, over epochs.",
+    "loss": "Training and validation −ELBO, and each site's share of it, over epochs.",
     "reconstructions": "Test data above, E[x | z] for one draw of the guide below.",
     "samples": "Means of p(x | …) for latents drawn from the prior; with a mixture prior one row per component.",
     "super_resolution": "For each low-resolution y: draws of x, their mean, their pixel-wise spread, and the truth.",
     "latent_map": "Test data's latents, means of eight draws of the guide, on their two leading principal axes.",
+}
+
+COLLAPSE_CAPTIONS = {
+    "collapse": "KL of each unit, or, where it has no closed form, the variance of its posterior mean over data; and "
+    "what share of the data each component answers for.",
+    "scales": "The learned γ over epochs, and the β they amount to: the ELBO with noise γ is, up to a factor and a "
+    "constant, that with unit noise and β = γ².",
+}
+LIKELIHOOD_CAPTIONS = {
+    "likelihood_curve": "L_K against K, the mean over data, from the same draws; bars are its Monte Carlo error.",
+    "pareto_k": "Pareto k̂ of each datum's weights, from the smallest to the largest, and the threshold above which an "
+    "estimate is not to be trusted.",
+    "likelihood_histogram": "The estimate over data.",
 }
 
 
@@ -128,13 +154,15 @@ def write_report(folder: Path) -> Path:
         f"# {config.get('model', config.get('pair', 'a pair'))} on {config.get('data', 'data')}",
         _summary(folder, config),
     ]
-    if (folder / "log_likelihood.json").exists():
-        parts += ["## Log-likelihood of test data", _likelihood_section(read_json(folder / "log_likelihood.json"))]
+    if (folder / LIKELIHOOD).exists():
+        parts += ["## Log-likelihood of test data", *_likelihood_section(folder)]
     if (folder / "loss_terms.json").exists():
         parts += ["## −ELBO term by term, by sampling and in closed form", _terms_section(folder)]
+    if (folder / COLLAPSE).exists():
+        parts += ["## What the latents carry", *_collapse_section(folder)]
     for name, caption in CAPTIONS.items():
-        if (folder / "figures" / f"{name}.png").exists():
-            parts += [f"## {name.replace('_', ' ').capitalize()}", caption, f"![{name}](figures/{name}.png)"]
+        if pictures := _pictures(folder, {name: caption}):
+            parts += [f"## {name.replace('_', ' ').capitalize()}", *pictures]
     parts += ["## Configuration", f"```json\n{json.dumps(config, indent=2)}\n```"]
     write_text(folder / "report.md", "\n\n".join(parts) + "\n")
     return folder / "report.md"
@@ -169,29 +197,57 @@ def _summary(folder: Path, config: dict[str, Any]) -> str:
     return f"{text}." + (f" Learned scales: {scales}." if scales else "")
 
 
-def _likelihood_section(record: dict[str, Any]) -> str:
-    rows = [
-        ["estimated", record["quantity"]],
-        ["mean over data ± standard error (nats)", f"{record['mean']:.3f} ± {record['standard_error']:.3f}"],
-        ["Monte Carlo part of the error (nats)", f"{record['monte_carlo_error']:.4f}"],
-        ["data, particles per datum", f"{record['data']}, {record['num_particles']}"],
-        ["median effective sample size", f"{record['median_ess']:.1f}"],
-    ]
-    if "bits_per_dimension" in record:
-        rows.append(["bits per dimension", f"{record['bits_per_dimension']:.4f}"])
-    table = markdown_table(["", "importance sampling from the guide"], rows)
-    if record["median_ess"] < FEW_EFFECTIVE:
-        table += (
-            f"\n\nFewer than {FEW_EFFECTIVE} of {record['num_particles']} draws carry the weight of a typical "
-            "datum: the guide misses part of the posterior, and the estimate lies below the truth by more than its "
-            "error tells. Raise the number of particles, or train the guide further."
+def _likelihood_section(folder: Path) -> list[str]:
+    record = read_json(folder / LIKELIHOOD)
+    try:
+        rows = [list(row) for row in likelihood_rows(record)]
+        notes = likelihood_notes(record)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / LIKELIHOOD} is damaged, or of another version: evaluate the run again") from error
+    parts = [markdown_table(["estimated by importance sampling from the guide", ""], rows), *notes]
+    return parts + _pictures(folder, LIKELIHOOD_CAPTIONS)
+
+
+def _collapse_section(folder: Path) -> list[str]:
+    record = read_json(folder / COLLAPSE)
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    try:
+        rows = [_carried(name, site) for name, site in record["sites"].items()]
+        lines = [*record["sentences"], *_noise_over_time(record["noise_modules"], metrics)]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / COLLAPSE} is damaged, or of another version: train the run again") from error
+    header = ["site", "KL ± standard error (nats)", "active units", "components in use"]
+    sentences = "\n".join(f"* {line}" for line in lines)
+    return [markdown_table(header, rows), sentences, *_pictures(folder, COLLAPSE_CAPTIONS)]
+
+
+def _carried(name: str, site: dict[str, Any]) -> list[str]:
+    active = "" if site["active"] is None else f"{sum(site['active'])} of {len(site['active'])}"
+    used = "" if site["usage"] is None else f"{site['perplexity']:.1f} of {len(site['usage'])}"
+    return [name, f"{site['kl']:.3f} ± {site['kl_standard_error']:.3f}", active, used]
+
+
+def _noise_over_time(modules: dict[str, str], metrics: list[dict[str, Any]]) -> list[str]:
+    """Say where γ of each data site began and ended, and the β that it amounted to beside training's own."""
+    lines = []
+    for site, module in modules.items() if metrics else ():
+        (first, begun), *_, (last, ended) = [(r["epoch"], r) for r in (metrics[0], metrics[-1])]
+        scales = [record["monitor"][module] for record in (begun, ended)]
+        betas = [record["beta"] * scale**2 for record, scale in zip((begun, ended), scales, strict=True)]
+        lines.append(
+            f"{site}: γ was {scales[0]:.4g} after epoch {first} and {scales[1]:.4g} after epoch {last}; training's β "
+            f"times γ², the β of unit noise that it amounts to, {betas[0]:.3g} and {betas[1]:.3g}."
         )
-    if record["quantity"].startswith("log p(x, "):
-        table += (
-            "\n\nThe guide fixes a continuous site to a point mass, so this is a joint log-density: it depends on that "
-            "site's unit and does not compare with a log p(x)."
-        )
-    return table
+    return lines
+
+
+def _pictures(folder: Path, captions: dict[str, str]) -> list[str]:
+    """Return those of the figures that the folder holds, each under its caption."""
+    parts = []
+    for name, caption in captions.items():
+        if (folder / "figures" / f"{name}.png").exists():
+            parts += [caption, f"![{name}](figures/{name}.png)"]
+    return parts
 
 
 def _terms_section(folder: Path) -> str:

@@ -2,6 +2,9 @@
 
 A step is a callable ``step(*batch, beta=1.0) -> loss`` that updates the parameters once and returns the mean loss per
 datum in nats. ``fit`` knows no more than that, so that a faster step is one more function here.
+
+Reading a number back from a CUDA device waits for all that the device has still to do. There a step may return its loss
+as a tensor, which is read later, and a loss that is not finite then moves the parameters by no gradient of its own.
 """
 
 from __future__ import annotations
@@ -30,10 +33,27 @@ class NonFiniteLossError(ValueError):
     """The loss of a batch is NaN or infinite; the parameters are still those from before the step."""
 
 
-class Step(Protocol):
-    """Update the parameters once and return the mean loss per datum, in nats."""
+# Devices whose numbers are not read back at every step.
+READ_LATER = {"cuda"}
 
-    def __call__(self, *batch: Tensor, beta: float = 1.0) -> float: ...
+
+class Step(Protocol):
+    """Update the parameters once and return the mean loss per datum, in nats; a tensor () where reading it would wait.
+
+    A loss or gradient that is not finite raises :class:`NonFiniteLossError` before the update. Where reading it would
+    wait, it is returned as NaN instead, and the optimiser is given gradients of zero.
+    """
+
+    def __call__(self, *batch: Tensor, beta: float = 1.0) -> float | Tensor: ...
+
+
+class Average(Protocol):
+    """Put means over processes in the place of ``p.grad``, and return those of the summed loss and the number of data.
+
+    Where some process's loss is not finite, so is the mean, in all of them.
+    """
+
+    def __call__(self, total: float | Tensor, size: int) -> tuple[float | Tensor, float | Tensor]: ...
 
 
 def eager_step(
@@ -43,6 +63,7 @@ def eager_step(
     *,
     num_particles: int = 1,
     clip_norm: float | None = None,
+    average: Average | None = None,
 ) -> Step:
     """Return the reference step: the ELBO's own ``loss_and_grads``, which is what ``SVI.step`` calls.
 
@@ -54,17 +75,18 @@ def eager_step(
         optimizer: over the pair's parameters.
         num_particles: draws per datum for an objective; a Pyro ELBO holds its own.
         clip_norm: largest global norm of the gradient.
+        average: averages gradients over processes.
 
     Returns:
         A step that raises :class:`NonFiniteLossError` before it would update from a loss that is not finite.
     """
-    return updating_step(eager_backward(pair, loss, num_particles), optimizer, clip_norm)
+    return updating_step(eager_backward(pair, loss, num_particles), optimizer, clip_norm, average)
 
 
 class Backward(Protocol):
     """Leave the gradients of a batch's summed loss in ``p.grad`` and return that loss, in nats."""
 
-    def __call__(self, *batch: Tensor, beta: float = 1.0) -> float: ...
+    def __call__(self, *batch: Tensor, beta: float = 1.0) -> float | Tensor: ...
 
 
 def eager_backward(pair: Pair, loss: Loss, num_particles: int = 1) -> Backward:
@@ -81,29 +103,57 @@ def eager_backward(pair: Pair, loss: Loss, num_particles: int = 1) -> Backward:
     return backward
 
 
-def updating_step(backward: Backward, optimizer: torch.optim.Optimizer, clip_norm: float | None) -> Step:
+def updating_step(
+    backward: Backward, optimizer: torch.optim.Optimizer, clip_norm: float | None, average: Average | None = None
+) -> Step:
     """Return the step that follows a backward pass by the mean per datum, clipping and the optimiser."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
-    def step(*batch: Tensor, beta: float = 1.0) -> float:
+    def step(*batch: Tensor, beta: float = 1.0) -> float | Tensor:
         # Before the pass, not after it: gradients that others left, or an interrupted step, must not enter.
         optimizer.zero_grad()
-        total = backward(*batch, beta=beta)
-        if not math.isfinite(total):
-            raise NonFiniteLossError(f"the loss is {total}")
+        failure: Exception | None = None
+        size: float | Tensor = len(batch[0])
+        try:
+            # A process may have no share of a short last batch.
+            total = backward(*batch, beta=beta) if size else 0.0
+        except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+            if average is None:
+                raise
+            # The other processes wait for this one's gradients: NaN tells them.
+            failure, total = error, math.nan
+        if average is not None:
+            total, size = average(total, len(batch[0]))
+        if failure is not None:
+            raise failure
+        later = isinstance(total, Tensor) and total.device.type in READ_LATER
+        if not later and not math.isfinite(total):
+            raise NonFiniteLossError(f"the loss is {float(total)}")
         gradients = [p.grad for p in parameters if p.grad is not None]
         # The division comes after the backward pass: a scale inside the program would enter RenyiELBO's logsumexp.
-        torch._foreach_div_(gradients, len(batch[0]))
+        torch._foreach_div_(gradients, size)
         norm = nn.utils.get_total_norm(gradients)
-        if not math.isfinite(norm):
-            raise NonFiniteLossError(f"the loss is {total}, the norm of its gradient {float(norm)}")
+        if later:
+            total = _without_bad_gradients(total, gradients, norm)
+        elif not math.isfinite(norm):
+            raise NonFiniteLossError(f"the loss is {float(total)}, the norm of its gradient {float(norm)}")
         if clip_norm is not None:
             nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
         optimizer.step()
         optimizer.zero_grad()
-        return float(total) / len(batch[0])
+        return total / size if later else float(total) / float(size)
 
     return step
+
+
+def _without_bad_gradients(total: Any, gradients: list[Tensor], norm: Tensor) -> Tensor:
+    """Zero the gradients of a loss that is not finite, on the device, and return the loss, or NaN."""
+    bad = ~(torch.isfinite(total) & torch.isfinite(norm))
+    for gradient in gradients:
+        gradient.masked_fill_(bad, 0)
+    # Clipping by a norm that is not finite would make them NaN again.
+    norm.masked_fill_(bad, 0)
+    return total.masked_fill(bad, math.nan)
 
 
 class _ScaleLatents(Messenger):

@@ -17,7 +17,8 @@ class WeightSummary(NamedTuple):
     """What K weights per datum say, in nats.
 
     ``log_mean`` (B,): log (1/K) Σ w; ``standard_error`` (B,) its error by the delta method; ``ess`` (B,): (Σ w)²/Σ w²;
-    ``pareto_k`` (B,); ``smoothed`` (B,): log_mean with the tail Pareto-smoothed; ``curve`` (J, B): L_1, L_2, L_4, ….
+    ``pareto_k`` (B,); ``smoothed`` (B,): log_mean with the tail Pareto-smoothed; ``curve`` (J, B): L_1, L_2, L_4, …,
+    ``curve_standard_error`` (J, B) their errors.
     """
 
     log_mean: Tensor
@@ -26,6 +27,7 @@ class WeightSummary(NamedTuple):
     pareto_k: Tensor
     smoothed: Tensor
     curve: Tensor
+    curve_standard_error: Tensor
 
 
 class WeightStream:
@@ -50,6 +52,8 @@ class WeightStream:
         self.sums = nothing.repeat(2, 1)
         self.largest = nothing.repeat(tail + 1 if tail else 0, 1)
         self.levels = torch.zeros(levels, num_data, dtype=torch.float64, device=device)
+        self.squares = torch.zeros_like(self.levels)
+        self.centre: Tensor | None = None
         self.pending: list[Tensor | None] = [None] * levels
 
     def add(self, log_weights: Tensor) -> None:
@@ -65,8 +69,15 @@ class WeightStream:
 
     def _add_blocks(self, blocks: Tensor) -> None:
         """Count blocks of 1, merge them in pairs, count those, and so on; an odd one waits for the next chunk."""
+        if self.centre is None:
+            # Squares are of distances from here, or those of log-weights of thousands of nats would hide the spread.
+            first = torch.logsumexp(blocks, 0) - math.log(len(blocks))
+            self.centre = torch.where(first.isfinite(), first, 0.0)
         for level in range(len(self.pending)):
-            self.levels[level] += blocks.sum(0)
+            # A merged pair is log(w + w'), not yet their mean.
+            distance = blocks - (self.centre + level * math.log(2))
+            self.levels[level] += distance.sum(0)
+            self.squares[level] += (distance**2).sum(0)
             waiting = self.pending[level]
             if waiting is not None:
                 blocks = torch.cat([waiting, blocks])
@@ -86,7 +97,18 @@ class WeightStream:
         pareto_k, change = torch.tensor(fits, dtype=torch.float64).mT
         log_mean = first - math.log(count)
         share = torch.exp(torch.logsumexp(largest[:-1], 0) - first) if len(largest) else torch.zeros_like(first)
-        curve = [total / (count >> j) - j * math.log(2) for j, total in enumerate(self.levels.cpu())]
+        error = variance.sqrt()
         # Σ smoothed = Σ w (1 + share (e^change − 1)): the weights below the tail stay as they are.
         smoothed = log_mean + torch.log1p(share * torch.expm1(change))
-        return WeightSummary(log_mean, variance.sqrt(), ess, pareto_k, smoothed, torch.stack(curve))
+        return WeightSummary(log_mean, error, ess, pareto_k, smoothed, *self._curve(error))
+
+    def _curve(self, error: Tensor) -> tuple[Tensor, Tensor]:
+        """Return L_1, L_2, L_4, … and their errors from the spread of the blocks."""
+        assert self.centre is not None
+        blocks = (self.num_particles >> torch.arange(len(self.levels))).double().unsqueeze(-1)
+        mean = self.levels.cpu() / blocks
+        variance = (self.squares.cpu() / blocks - mean**2).clamp(min=0) / (blocks - 1)
+        # One block has no spread: there the delta method's error, of K weights, is scaled to the block's number.
+        largest = 1 << (len(self.levels) - 1)
+        variance[-1] = error**2 * self.num_particles / largest
+        return mean + self.centre.cpu(), variance.sqrt()

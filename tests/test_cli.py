@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from PIL import Image
 import pyro_vae as pv
 from pyro_vae.cli import load_run, main
 from pyro_vae.data import DataSet
+from pyro_vae.estimates import likelihood_rows
+from pyro_vae.kept import KeptChunks
 from pyro_vae.train import fit
 
 SMALL = ("--epochs", "1", "--latent", "2")
@@ -60,6 +63,49 @@ def test_a_run_from_training_to_report(capsys: pytest.CaptureFixture[str]) -> No
     record = json.loads(Path("run/log_likelihood.json").read_text())
     assert record["num_particles"] == 3
     assert "bits_per_dimension" not in record
+
+
+@pytest.mark.usefixtures("few_digits")
+def test_terminal_and_report_show_one_table(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["train", "vae", *SMALL, "--run-dir", "run"])
+    assert "Log-likelihood" not in Path("run/report.md").read_text()
+    capsys.readouterr()
+    assert main(["evaluate", "run", "--num-particles", "30"]) == 0
+    shown, report = capsys.readouterr().out, Path("run/report.md").read_text()
+    for label, value in likelihood_rows(json.loads(Path("run/log_likelihood.json").read_text())):
+        assert f"| {label} | {value} |" in report
+        assert label in shown
+        assert value in shown
+    for name in ("likelihood_curve", "pareto_k", "likelihood_histogram"):
+        assert f"![{name}](figures/{name}.png)" in report
+        assert Path(f"run/figures/{name}.png").exists()
+
+
+def test_an_interrupted_evaluation_is_continued_by_the_same_command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, few_digits: DataSet
+) -> None:
+    main(["train", "vae", *SMALL, "--run-dir", "run"])
+    monkeypatch.setattr("pyro_vae.memory.CHUNK", 10)
+    calls = iter(range(2))
+
+    def interrupted(kept: KeptChunks, *chunk: Any) -> None:
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        write(kept, *chunk)
+
+    write = KeptChunks.write
+    with monkeypatch.context() as patched:
+        patched.setattr(KeptChunks, "write", interrupted)
+        assert main(["evaluate", "run", "--num-particles", "30"]) == 130
+    assert "interrupted with 20 of 32 data evaluated" in " ".join(capsys.readouterr().out.split())
+    assert not Path("run/log_likelihood.json").exists()
+    kept = {path: path.stat().st_mtime_ns for path in Path("run/log_likelihood").rglob("*.safetensors")}
+    assert main(["evaluate", "run", "--num-particles", "30"]) == 0
+    assert len(list(Path("run/log_likelihood").rglob("*.safetensors"))) == 4
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
+    pair, _ = load_run(Path("run"))
+    unbroken = pv.log_likelihood(pair, few_digits.test, num_particles=30, seed=0)
+    assert json.loads(Path("run/log_likelihood.json").read_text()) == unbroken.record()
 
 
 @pytest.mark.usefixtures("few_digits")

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae.evaluate import _CountBytes, chunk_sizes, quantity_of
+from pyro_vae.evaluate import quantity_of
+from pyro_vae.memory import CountBytes, chunk_sizes
 from pyro_vae.models import SRVAE, VAE, LinearGaussianMixtureVAE, LinearGaussianVAE, LinearTwoStageVAE
 
 from .off_guides import WrongScale
@@ -175,7 +176,7 @@ def linear_vae() -> VAE:
 @pytest.mark.parametrize("make", [linear_vae, lambda: LinearGaussianVAE(20, 4)])
 def test_the_peak_stays_within_the_budget(make: Any, memory: int) -> None:
     pair, x = make(), torch.randn(150, 20)
-    with _CountBytes() as counter:
+    with CountBytes() as counter:
         pv.log_likelihood(pair, x, num_particles=60, memory=memory, seed=0)
     # Beside the chunks there are the data (20 numbers each), their sums and rows (fewer than 20 more).
     assert counter.peak <= memory + 40 * 8 * len(x)
@@ -186,14 +187,14 @@ def test_a_wide_encoder_does_not_hide_what_particles_take() -> None:
     encoder = nn.Sequential(nn.Linear(20, 2000), nn.Linear(2000, 8))
     pair = VAE((20,), pv.StandardNormal(4), encoder=encoder, decoder=nn.Linear(4, 20))
     x = torch.randn(128, 20)
-    with _CountBytes() as counter:
+    with CountBytes() as counter:
         pv.log_likelihood(pair, x, num_particles=400, memory=6_000_000, seed=0)
     assert counter.peak <= 6_000_000 + 40 * 8 * len(x)
 
 
 def test_only_what_is_made_inside_is_counted() -> None:
     weight = nn.Parameter(torch.randn(100, 100))
-    with torch.no_grad(), _CountBytes() as counter:
+    with torch.no_grad(), CountBytes() as counter:
         for _ in range(3):
             made = torch.ones(10, 100) @ weight.t()
             del made

@@ -101,8 +101,9 @@ def after(calls: int, function: Any) -> Any:
 def test_the_message_names_the_epoch_that_the_folder_holds(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The fifth call is in a later epoch, while it is being followed or saved.
-    monkeypatch.setattr(f"pyro_vae.train.{where}", after(4, getattr(pv.train, where)))
+    # Every epoch is written, so that the fifth call is in a later one, while it is being followed or saved.
+    monkeypatch.setattr("pyro_vae.trainer.SHARE_OF_SAVING", 1.0)
+    monkeypatch.setattr(f"pyro_vae.trainer.{where}", after(4, getattr(pv.trainer, where)))
     message = interrupted_fit(tmp_path / "run")
     held = load_state(tmp_path / "run" / "checkpoint" / "state.pt", "LinearGaussianVAE")["epoch"]
     assert f"run holds epoch {held}:" in message
