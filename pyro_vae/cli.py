@@ -26,7 +26,7 @@ from pyro_vae.data import DataSet
 from pyro_vae.estimates import LogLikelihood, likelihood_notes
 from pyro_vae.evaluate import log_likelihood
 from pyro_vae.figures import image_grid, save_figure, super_resolution_grid
-from pyro_vae.inputs import resolve_device
+from pyro_vae.inputs import resolve_device, split
 from pyro_vae.memory import MEBIBYTE
 from pyro_vae.models import OPTIONS
 from pyro_vae.objectives import iwae
@@ -119,7 +119,9 @@ def _train(name: str, options: Any, training: Training) -> tuple[Path, Pair, Dat
     folder = training.run_dir or Path("runs") / f"{name}-{training.data}"
     torch.manual_seed(training.seed)
     pair = options.build(data)
-    loss, num_particles = _loss(training, pair)
+    validation = data.validation if data.validation is not None else training.validation or None
+    train, _ = split((data.train,), validation, training.seed)
+    loss, num_particles = _loss(training, options, pair, len(train[0]))
     run = fit(
         pair,
         data.train,
@@ -127,7 +129,7 @@ def _train(name: str, options: Any, training: Training) -> tuple[Path, Pair, Dat
         batch_size=training.batch_size,
         loss=loss,
         num_particles=num_particles,
-        validation=data.validation if data.validation is not None else training.validation or None,
+        validation=validation,
         lr=training.lr,
         beta=training.beta,
         warmup=training.warmup,
@@ -162,12 +164,14 @@ def _join(device: str) -> Processes:
     return processes
 
 
-def _loss(training: Training, pair: Pair) -> tuple[Loss, int]:
-    """Return the loss, and the draws that are not its own to make."""
+def _loss(training: Training, options: Any, pair: Pair, size: int) -> tuple[Loss, int]:
+    """Return the loss over so many data, and the draws that are not its own to make."""
     count = training.num_particles
+    if training.loss == "default" and hasattr(options, "loss"):
+        return options.loss(pair, size), count
     if training.loss == "iwae" or count < 1:
         return iwae, count
-    kind = {"elbo": Trace_ELBO, "mean-field": TraceMeanField_ELBO}[training.loss]
+    kind = TraceMeanField_ELBO if training.loss == "mean-field" else Trace_ELBO
     # All draws in one pass, to the left of the pair's own plates.
     return kind(count, max_plate_nesting=pair.max_plate_nesting, vectorize_particles=count > 1), 1
 

@@ -31,8 +31,9 @@ class Training:
     """Passes over the data."""
     batch_size: int = 128
     """Data per step and process."""
-    loss: Literal["elbo", "mean-field", "iwae"] = "elbo"
-    """What is minimised: −ELBO by sampling or with closed divergences, or the importance-weighted bound's negative."""
+    loss: Literal["default", "elbo", "mean-field", "iwae"] = "default"
+    """What is minimised: −ELBO by sampling or with closed divergences, or the importance-weighted bound's negative; by
+    default the model's own loss, −ELBO by sampling where it has none."""
     num_particles: int = 1
     """Draws per datum and step."""
     lr: float = 1e-3

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.infer import ELBO
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -17,17 +16,21 @@ from pyro_vae.pair import (
     Program,
     bare,
     check_same_latents,
+    device_of,
     particle_plate,
     point_masses,
+    rehearsal,
     sample_sites,
     site_log_prob,
-    trace_pair,
+    to_pair,
 )
+from pyro_vae.pair_loss import PairLoss
+from pyro_vae.randomness import own_random_state
 
 __all__ = ["DReG"]
 
 
-class DReG(ELBO):
+class DReG(PairLoss):
     """Maximise the importance-weighted bound with a gradient whose signal does not drown as K grows.
 
     ∇_θ:  Σ_k w̃_k ∂ log w_k / ∂θ          ∇_φ:  Σ_k w̃_k² ∂ log w_k / ∂z_k · ∂z_k / ∂φ,      w̃_k = w_k / Σ_j w_j
@@ -53,27 +56,8 @@ class DReG(ELBO):
     >>> run = pv.fit(pair, x, epochs=1, batch_size=16, loss=DReG(num_particles=8), progress=False)
     """
 
-    def __init__(self, num_particles: int = 1) -> None:
-        if num_particles < 1:
-            raise ValueError(f"num_particles is {num_particles}; it counts draws per datum and must be at least 1")
-        super().__init__(num_particles=num_particles, vectorize_particles=True)
-
-    def loss(self, model: Program, guide: Program, *batch: Tensor) -> float:
-        """Return minus the bound summed over the data, in nats."""
-        with torch.no_grad():
-            return float(self.differentiable_loss(model, guide, *batch))
-
-    def loss_and_grads(self, model: Program, guide: Program, *batch: Tensor) -> float:
-        """Return minus the bound summed over the data, in nats, and leave its gradients in the parameters."""
-        loss = self.differentiable_loss(model, guide, *batch)
-        loss.backward()
-        return float(loss.detach())
-
-    def differentiable_loss(self, model: Program, guide: Program, *batch: Tensor) -> Tensor:
+    def negative(self, pair: Pair, model: Program, guide: Program, *batch: Tensor) -> Tensor:
         """Return minus the bound summed over the data, a scalar whose gradient is the doubly reparameterised one."""
-        if not isinstance(guide, Program) or not isinstance(model, Program):
-            raise ValueError("DReG scores a guide again with its parameters held fixed: give it pair.model, pair.guide")
-        pair = guide.pair
         dim = -1 - pair.max_plate_nesting
         with particle_plate(pair, self.num_particles):
             drawn = poutine.trace(guide).get_trace(*batch)
@@ -91,10 +75,23 @@ class DReG(ELBO):
         surrogate = (normalised * log_weights).sum()
         return (surrogate - bound.sum()).detach() - surrogate
 
-    def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
-        # Pyro's base class asks for it; both traces are of one plain draw.
-        drawn, replayed = trace_pair(guide.pair, *args, num_particles=self.num_particles)
-        return replayed, drawn
+    def check(self, pair: Pair, batch: tuple[Tensor, ...]) -> None:
+        """Refuse a guide whose density at given draws changes from run to run, since it is scored twice."""
+        few, dim = tuple(tensor[:2] for tensor in to_pair(pair, batch)), -1 - pair.max_plate_nesting
+        scores = []
+        with rehearsal(pair), particle_plate(pair, self.num_particles):
+            with own_random_state(0, device_of(pair)):
+                drawn = poutine.trace(type(pair).guide).get_trace(pair, *few)
+            for seed in (1, 2):
+                with own_random_state(seed, device_of(pair)):
+                    again = poutine.trace(poutine.replay(type(pair).guide, trace=drawn)).get_trace(pair, *few)
+                    scores.append({n: site_log_prob(site, dim) for n, site in sample_sites(again).items()})
+        for name, first in scores[0].items():
+            if not torch.equal(first, scores[1][name]):
+                raise ValueError(
+                    f"the guide's density at '{name}' changes from run to run at the same draws (it corrupts its data, "
+                    "or drops units out), so that scoring twice is scoring two guides: use the objective iwae"
+                )
 
 
 def _times(factor: Tensor) -> Any:

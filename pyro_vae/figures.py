@@ -160,6 +160,8 @@ def latent_map(pair: Pair, data: DataSet, metrics: list[dict[str, Any]]) -> Figu
     """Draw the guide's means for test data on their two leading principal axes."""
     latents = posterior(pair, data.test[:1000], num_particles=8, seed=0).latents
     continuous = [name for name in ("u", "z") if name in latents and latents[name].dim() == 3]
+    if not continuous:
+        return None
     figure = Figure(figsize=(4.2 * len(continuous), 3.8), layout="constrained")
     axes = figure.subplots(1, len(continuous), squeeze=False)[0]
     for ax, name in zip(axes, continuous, strict=True):

@@ -1,4 +1,4 @@
-"""What training maximises: pure functions of :class:`~pyro_vae.pair.LogTerms`, per datum, in nats."""
+"""What training maximises: functions of :class:`~pyro_vae.pair.LogTerms`, per datum, in nats."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from pyro_vae.annealing import Annealed
 from pyro_vae.pair import LogTerms
 
-__all__ = ["Objective", "beta_elbo", "elbo", "iwae", "renyi"]
+__all__ = ["Objective", "beta_elbo", "capacity_elbo", "elbo", "iwae", "renyi"]
 
 Objective: TypeAlias = Callable[[LogTerms], Tensor]
 
@@ -119,6 +120,46 @@ def beta_elbo(beta: float) -> Objective:
         return (terms.log_lik + beta * (terms.log_prior - terms.log_guide)).mean(0)
 
     return _named(objective, f"beta_elbo({beta:g})")
+
+
+def capacity_elbo(weight: float, capacity: Annealed) -> Objective:
+    """Return the objective that holds the divergence at a capacity C, which may rise while training.
+
+    (1/K) Σ_k log p(x | z_k) − γ |KL − C|,      KL = mean over data and particles of log q(z | x) − log p(z)
+
+    The divergence is that of the batch as a whole, so that one datum may spend more than another; its sampled value is
+    unbiased, the absolute value of its distance from C too large by its standard error at most. It is no bound on
+    log p(x).
+
+    Args:
+        weight: γ ≥ 0.
+        capacity: C, in nats, a module of the pair, so that :func:`~pyro_vae.fit` moves it.
+
+    Returns:
+        An objective, log-terms (K, B) to (B,), in nats, named after its numbers.
+
+    Raises:
+        ValueError: for a weight that is negative or not finite, and a capacity that is negative.
+
+    Reference:
+        Burgess et al. (2018), Understanding disentangling in β-VAE, arXiv:1804.03599.
+
+    >>> terms = LogTerms(torch.zeros(4, 2), torch.zeros(4, 2), torch.ones(4, 2))
+    >>> capacity_elbo(10.0, Annealed(0.0, 0.8, 0))(terms)
+    tensor([-2.0000, -2.0000])
+    """
+    if not 0 <= weight < math.inf:
+        raise ValueError(f"weight is {weight}; it must be finite and at least 0")
+    if min(capacity.start, capacity.end) < 0:
+        raise ValueError(f"capacity goes from {capacity.start} to {capacity.end}; a divergence is never negative")
+
+    def objective(terms: LogTerms) -> Tensor:
+        divergence = (terms.log_guide - terms.log_prior).mean()
+        return terms.log_lik.mean(0) - weight * (divergence - capacity()).abs()
+
+    objective.annealed = capacity  # type: ignore[attr-defined]
+    way = f"{capacity.start:g} to {capacity.end:g} in {capacity.epochs:g} epochs"
+    return _named(objective, f"capacity_elbo({weight:g}, {way})")
 
 
 def _named(objective: Objective, name: str) -> Objective:

@@ -224,6 +224,27 @@ def evaluation(pair: Pair) -> Iterator[None]:
             module.training = flag
 
 
+@contextmanager
+def rehearsal(pair: Pair) -> Iterator[None]:
+    """Run a pair in training mode, without gradients or validation; its flags and buffers come back afterwards.
+
+    What a pair does while training may differ from what is evaluated: a relaxation of discrete draws, say.
+    """
+    flags = {module: module.training for module in pair.modules()}
+    places = [module._buffers for module in pair.modules()]
+    # Copies, since a layer may change a buffer in place, and the tensors themselves, since it may assign another.
+    kept = [[(name, b, b.clone()) for name, b in held.items() if b is not None] for held in places]
+    pair.train()
+    try:
+        with torch.inference_mode(False), torch.no_grad(), pyro.validation_enabled(False):
+            yield
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+        for held, buffers in zip(places, kept, strict=True):
+            held.update({name: buffer.copy_(copy) for name, buffer, copy in buffers})
+
+
 def sum_terms(guide: Trace, model: Trace, particle_dim: int) -> LogTerms:
     """Sum two traces' site log-densities into :class:`LogTerms`, each (K, B)."""
     fixed = point_masses(guide)

@@ -21,7 +21,8 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pyro_vae.objectives import Objective
-from pyro_vae.pair import Pair, bare, device_of, evaluation, log_terms, sample_sites, to_pair, trace_pair
+from pyro_vae.pair import Pair, bare, device_of, log_terms, rehearsal, sample_sites, to_pair, trace_pair
+from pyro_vae.pair_loss import PairLoss
 from pyro_vae.randomness import own_random_state
 
 __all__ = ["Loss", "NonFiniteLossError", "Step", "eager_step", "scaled_latents"]
@@ -208,12 +209,21 @@ def check_loss(pair: Pair, loss: Loss, batch: tuple[Tensor, ...], *, num_particl
             f"beta weighs the divergence of Pyro's ELBOs; {name} has no such term: leave beta at 1, or use the "
             "objective beta_elbo(beta)"
         )
-    with evaluation(pair), own_random_state(0, device_of(pair)):
+    # As it trains: a guide may be relaxed then, and discrete where it is evaluated.
+    with rehearsal(pair), own_random_state(0, device_of(pair)):
         guide, model = trace_pair(pair, *to_pair(pair, tuple(tensor[:2] for tensor in batch)))
     if isinstance(loss, TraceMeanField_ELBO):
         _check_order(list(sample_sites(guide)), [n for n, s in sample_sites(model).items() if not s["is_observed"]])
+    if isinstance(loss, PairLoss):
+        loss.check(pair, batch)
     if not isinstance(loss, ELBO):
         _check_reparameterised(sample_sites(guide))
+        # What an objective anneals is moved, and recorded, with the pair.
+        if (annealed := getattr(loss, "annealed", None)) is not None and annealed not in list(pair.modules()):
+            raise ValueError(
+                f"{getattr(loss, '__name__', 'the objective')} follows a number that is no module of the pair, so that "
+                "nothing would move it: keep it as an attribute of the pair"
+            )
 
 
 def _check_order(guide: list[str], model: list[str]) -> None:

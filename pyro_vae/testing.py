@@ -21,6 +21,7 @@ from pyro_vae.pair import (
     log_terms,
     particle_dim,
     point_masses,
+    rehearsal,
     sample_sites,
     site_log_prob,
     to_pair,
@@ -83,7 +84,7 @@ def check_pair(pair: Pair, batch: Tensor | tuple[Tensor, ...]) -> list[Finding]:
                 pyro.get_param_store().__delitem__(name)
             raise ValueError(f"{new} live in Pyro's global store: keep parameters in the module, as nn.Parameter")
         return [
-            *_untrainable(guide),
+            *_untrainable(pair, batch),
             *_without_gradient(pair, batch),
             *_coupled_in_training(pair, batch),
             *_joint(guide, model),
@@ -181,19 +182,21 @@ def _couples(pair: Pair, batch: tuple[Tensor, ...], guide: Trace) -> bool:
     return not torch.allclose(first[0], first[1], rtol=eps, atol=eps, equal_nan=True)
 
 
-def _untrainable(guide: Trace) -> list[Finding]:
+def _untrainable(pair: Pair, batch: tuple[Tensor, ...]) -> list[Finding]:
     findings = []
+    with rehearsal(pair):
+        guide, _ = trace_pair(pair, *batch)
     for name, site in sample_sites(guide).items():
+        if site["fn"].has_rsample:
+            continue
         distribution = bare(site["fn"])
         if isinstance(distribution, MixtureSameFamily):
             advice = "a mixture has no rsample: make its component a site of model and guide, or use a flow"
-        elif not site["fn"].has_rsample:
+        else:
             advice = (
                 f"{type(distribution).__name__} has no rsample: train with Trace_ELBO, TraceGraph_ELBO or "
                 "TraceEnum_ELBO, or relax it (RelaxedOneHotCategorical)"
             )
-        else:
-            continue
         findings.append(Finding("not trainable this way", name, advice))
     return findings
 

@@ -30,6 +30,8 @@ __all__ = ["Run", "fit"]
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 # Recording a program takes about as long as this many small steps: runs that take fewer of a kind do not record it.
 STEPS_BEFORE_CAPTURE = 50
+# The attributes of an ELBO that say what is maximised.
+NUMBERS_OF_A_LOSS = ("alpha", "beta", "gamma", "data_size", "num_particles")
 
 
 class Run(NamedTuple):
@@ -176,7 +178,7 @@ def _described(thing: object) -> str:
         numbers = {name: value for name, value in thing.defaults.items() if isinstance(value, (int, float, tuple))}
     elif isinstance(thing, pyro.infer.ELBO):
         # The rest of an ELBO's attributes says how its value is computed, and some change as it runs.
-        numbers = {name: value for name, value in vars(thing).items() if name in ("alpha", "num_particles")}
+        numbers = {name: value for name, value in vars(thing).items() if name in NUMBERS_OF_A_LOSS}
     else:
         return getattr(thing, "__name__", type(thing).__name__)
     return f"{type(thing).__name__}({', '.join(f'{name}={value}' for name, value in sorted(numbers.items()))})"

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from pyro_vae._version import __version__
+from pyro_vae.annealing import advance
 from pyro_vae.checkpoint import load_state, read_json, restore, save_parameters, save_state, write_text
 from pyro_vae.loading import Batches
 from pyro_vae.pair import Pair, device_of, site_terms
@@ -102,6 +103,7 @@ class Trainer:
             shares = [self.processes.share(part) for part in parts]
             for i, batch in enumerate(self.train(shares)):
                 beta = self._beta(self.epoch + i / len(parts))
+                advance(self.pair, self.epoch + i / len(parts))
                 losses.append(self._guarded(step if i else first, batch, beta, i == 0))
                 if i + 1 == len(parts) or i + 1 - read >= STEPS_BETWEEN_READINGS:
                     losses[read:] = self._read(losses[read:], shares[read:])

@@ -57,7 +57,7 @@ def mnist(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
 
 
 def test_names_are_those_promised() -> None:
-    assert NAMES == ("digits", "mnist", "fashion-mnist", "cifar10", "static-mnist", "omniglot", "frey-faces")
+    assert NAMES == ("digits", "mnist", "fashion-mnist", "cifar10", "static-mnist", "omniglot", "frey-faces", "sprites")
 
 
 def test_digits_split_is_disjoint_and_complete() -> None:

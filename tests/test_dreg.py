@@ -219,3 +219,9 @@ def test_bad_arguments_are_refused() -> None:
         pv.DReG().loss(lambda x: None, pair.guide, x)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="beta weighs the divergence"):
         check_loss(pair, pv.DReG(2), (x,), num_particles=1, uses_beta=True)
+
+
+def test_a_guide_that_corrupts_its_data_is_refused() -> None:
+    pair = pv.models.DenoisingVAE((3,), pv.StandardNormal(2), pv.GaussianNoise(0.1), pv.Gaussian())
+    with pytest.raises(ValueError, match=r"density at 'z' changes from run to run .*use the objective iwae"):
+        check_loss(pair, pv.DReG(4), (torch.randn(4, 3),), num_particles=1, uses_beta=False)

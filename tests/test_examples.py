@@ -12,6 +12,9 @@ import pytest
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 ARGUMENTS = {
     "plot_arviz.py": ("--epochs", "1"),
+    "plot_beta_vae_sprites.py": ("--epochs", "1", "--size", "128", "--num-votes", "5"),
+    "plot_categorical_vae_mnist.py": ("--epochs", "1", "--size", "128", "--num-particles", "2"),
+    "plot_denoising_vae_mnist.py": ("--epochs", "1", "--size", "128", "--num-particles", "2"),
     "plot_mixture_prior.py": ("--epochs", "1"),
     "plot_pitfalls.py": (),
     "plot_srvae_digits.py": ("--epochs", "1", "--num-particles", "2"),

@@ -2,6 +2,17 @@
 
 from pyro_vae.data.files import data_root
 from pyro_vae.data.sets import NAMES, DataSet, load
+from pyro_vae.data.sprites import Sprites, sprites
 from pyro_vae.data.transforms import binarise, dequantise, subset_after_shuffle
 
-__all__ = ["NAMES", "DataSet", "binarise", "data_root", "dequantise", "load", "subset_after_shuffle"]
+__all__ = [
+    "NAMES",
+    "DataSet",
+    "Sprites",
+    "binarise",
+    "data_root",
+    "dequantise",
+    "load",
+    "sprites",
+    "subset_after_shuffle",
+]

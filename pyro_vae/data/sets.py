@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from pyro_vae.data.files import data_root, npz_file, read_arrays, torchvision_split, unpacked
+from pyro_vae.data.sprites import sprites
 from pyro_vae.data.transforms import shuffled, unit
 
 __all__ = ["NAMES", "DataSet", "load"]
@@ -62,6 +63,7 @@ def load(name: str, root: str | Path | None = None, *, download: bool = False) -
     static-mnist      50000 / 10000, (1, 28, 28)      ``binarized_mnist/binarized_mnist.npz``: bits packed in uint8
     omniglot          19280 / 13180, (1, 28, 28)      ``omniglot/images_{background,evaluation}.npz``: bool paper
     frey-faces        1565 / 200, (1, 28, 20)         ``freyfaces/freyfaces.npz``: uint8 in video order
+    sprites           3686 / 922, (1, 32, 32)         none: drawn, see :func:`~pyro_vae.data.sprites.sprites`
     ================  ==============================  =============================================================
 
     ``static-mnist`` and ``frey-faces`` also have a validation set, of 10000 and 200. Where only archives are there,
@@ -103,6 +105,15 @@ def _digits() -> DataSet:
     # Of 1797 in all, four fifths train, rounded down.
     train, test = torch.split(shuffled(len(images)), [1437, 360])
     return DataSet("digits", images[train], images[test], labels[train], labels[test], levels=17)
+
+
+def _sprites() -> DataSet:
+    drawn = sprites()
+    # Four fifths train, rounded down, as with the digits; labels are shapes.
+    (train, test), (labels, test_labels) = (
+        torch.split(rows, [3686, 922]) for rows in (drawn.images, drawn.factors[:, 0].contiguous())
+    )
+    return DataSet("sprites", train, test, labels, test_labels, levels=2)
 
 
 def _torchvision(name: str, class_name: str, root: Path, download: bool) -> DataSet:
@@ -157,6 +168,7 @@ _LOADERS: dict[str, Callable[[Path, bool], DataSet]] = {
     "static-mnist": lambda root, download: _static_mnist(root),
     "omniglot": lambda root, download: _omniglot(root),
     "frey-faces": lambda root, download: _frey_faces(root),
+    "sprites": lambda root, download: _sprites(),
 }
 
 

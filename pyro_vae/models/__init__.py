@@ -3,6 +3,9 @@
 ``OPTIONS`` names the models that the command line trains; each builds its pair from typed options and a data set.
 """
 
+from pyro_vae.models.beta_vae import BetaVAE, BetaVAEOptions
+from pyro_vae.models.categorical_vae import CategoricalVAE, CategoricalVAEOptions
+from pyro_vae.models.denoising_vae import DenoisingVAE, DenoisingVAEOptions
 from pyro_vae.models.linear_gaussian import LinearGaussianMixtureVAE, LinearGaussianVAE, LinearTwoStageVAE
 from pyro_vae.models.srvae import SRVAE, SRVAELoss, SRVAEOptions
 from pyro_vae.models.vae import VAE, VAELoss, VAEOptions
@@ -11,6 +14,12 @@ __all__ = [
     "OPTIONS",
     "SRVAE",
     "VAE",
+    "BetaVAE",
+    "BetaVAEOptions",
+    "CategoricalVAE",
+    "CategoricalVAEOptions",
+    "DenoisingVAE",
+    "DenoisingVAEOptions",
     "LinearGaussianMixtureVAE",
     "LinearGaussianVAE",
     "LinearTwoStageVAE",
@@ -20,4 +29,10 @@ __all__ = [
     "VAEOptions",
 ]
 
-OPTIONS = {"vae": VAEOptions, "srvae": SRVAEOptions}
+OPTIONS = {
+    "vae": VAEOptions,
+    "srvae": SRVAEOptions,
+    "beta-vae": BetaVAEOptions,
+    "categorical-vae": CategoricalVAEOptions,
+    "denoising-vae": DenoisingVAEOptions,
+}

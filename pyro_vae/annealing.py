@@ -1,0 +1,61 @@
+"""Numbers that move while a pair trains: a temperature that falls, a capacity that rises."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Annealed", "advance"]
+
+
+class Annealed(nn.Module):
+    """Move from ``start`` to ``end`` over the first epochs of a run, then stay there.
+
+    ``value`` is a buffer, not a Python number: a recorded training step then reads it anew each time, and a checkpoint
+    keeps it. :func:`~pyro_vae.fit` moves it before each step; a loop of your own calls :func:`advance`.
+
+    Args:
+        start, end: the first value and the last.
+        epochs: how long the way takes, in epochs; 0 begins at the end.
+        geometric: whether equal times multiply by equal factors, rather than add equal amounts.
+
+    Raises:
+        ValueError: for values that are not finite, negative epochs, and a geometric way that is not between positive
+            numbers.
+
+    >>> capacity = Annealed(0.0, 25.0, epochs=10)
+    >>> capacity.move_to(2.0)
+    >>> capacity()
+    tensor(5.)
+    """
+
+    value: Tensor
+
+    def __init__(self, start: float, end: float, epochs: float, *, geometric: bool = False) -> None:
+        super().__init__()
+        if not (math.isfinite(start) and math.isfinite(end) and 0 <= epochs < math.inf):
+            raise ValueError(f"start is {start}, end {end}, epochs {epochs}: all finite, and epochs not negative")
+        if geometric and not min(start, end) > 0:
+            raise ValueError(f"start is {start}, end {end}: a geometric way leads from one positive number to another")
+        self.start, self.end, self.epochs, self.geometric = float(start), float(end), float(epochs), geometric
+        self.register_buffer("value", torch.tensor(self.start if epochs else self.end))
+
+    def move_to(self, epochs: float) -> None:
+        """Take the value that belongs to this many epochs, counted from the start of the run."""
+        share = min(1.0, epochs / self.epochs) if self.epochs else 1.0
+        if self.geometric:
+            self.value.fill_(self.start ** (1 - share) * self.end**share)
+        else:
+            self.value.fill_((1 - share) * self.start + share * self.end)
+
+    def forward(self) -> Tensor:
+        return self.value
+
+
+def advance(module: nn.Module, epochs: float) -> None:
+    """Move every :class:`Annealed` number inside a module to where it is after ``epochs`` epochs."""
+    for part in module.modules():
+        if isinstance(part, Annealed):
+            part.move_to(epochs)

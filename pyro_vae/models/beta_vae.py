@@ -1,0 +1,105 @@
+"""The β-VAE: a one-stage VAE trained for factors that lie apart in its latents.
+
+    p(x, z) = p(z) p(x | z)          q(z | x) diagonal
+
+    β-ELBO = E_q[log p(x | z)] − β KL(q(z | x) ‖ p(z))                       a bound on log p(x) for β ≥ 1
+    capacity: E_q[log p(x | z)] − β |KL(q(z | x) ‖ p(z)) − C|                C rises while training; no bound
+    β-TCVAE: KL split into mutual information, total correlation and the rest, the total correlation weighed by β
+
+The model is the VAE's; what differs is what training maximises. Evaluation is of the VAE: validation losses are −ELBO
+at β = 1, and log p(x) is log p(x).
+
+Reference: Higgins et al. (2017), β-VAE, ICLR; Burgess et al. (2018), arXiv:1804.03599; Chen, Li, Grosse and Duvenaud
+(2018), Isolating sources of disentanglement in VAEs, NeurIPS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from pyro_vae.annealing import Annealed
+from pyro_vae.conditionals import Bernoulli, Head, MixtureOfGaussians, StandardNormal
+from pyro_vae.data import DataSet
+from pyro_vae.models.options import LikelihoodName, make_likelihood
+from pyro_vae.models.vae import VAE
+from pyro_vae.objectives import Objective, beta_elbo, capacity_elbo
+from pyro_vae.svi import Loss
+from pyro_vae.total_correlation import TotalCorrelationELBO
+
+__all__ = ["BetaVAE", "BetaVAEOptions"]
+
+
+class BetaVAE(VAE):
+    """Pair p(z) p(x | z) with q(z | x), and state what it is trained by.
+
+    Args:
+        x_shape: shape of one datum, (C, H, W) or (D,).
+        prior: p(z); it knows L.
+        likelihood: the head of p(x | z); Bernoulli by default.
+        beta: β ≥ 0, the weight of the divergence, or of its distance from the capacity.
+        capacity: C in nats, where it is to be held; it moves with training.
+        encoder, decoder: networks of the user's own.
+
+    Raises:
+        ValueError: for β that is negative or not finite, and a negative capacity.
+
+    >>> import torch, pyro_vae as pv
+    >>> pair = BetaVAE((1, 8, 8), pv.StandardNormal(4), beta=4.0, capacity=pv.Annealed(0.0, 10.0, epochs=5))
+    >>> pair.objective()(pv.log_terms(pair, torch.zeros(5, 1, 8, 8), num_particles=3)).shape
+    torch.Size([5])
+    """
+
+    def __init__(
+        self,
+        x_shape: Sequence[int],
+        prior: StandardNormal | MixtureOfGaussians,
+        likelihood: Head | None = None,
+        *,
+        beta: float = 4.0,
+        capacity: Annealed | None = None,
+        encoder: nn.Module | None = None,
+        decoder: nn.Module | None = None,
+    ) -> None:
+        super().__init__(x_shape, prior, likelihood or Bernoulli(), encoder=encoder, decoder=decoder)
+        self.beta, self.capacity = beta, capacity
+        self.objective()
+
+    def objective(self) -> Objective:
+        """Return what to maximise, for ``fit(pair, data, loss=pair.objective())``."""
+        return beta_elbo(self.beta) if self.capacity is None else capacity_elbo(self.beta, self.capacity)
+
+    def total_correlation_elbo(self, num_data: int) -> TotalCorrelationELBO:
+        """Return β-TCVAE's loss for this many training data, β on the total correlation alone."""
+        return TotalCorrelationELBO(self.beta, num_data)
+
+
+@dataclass(frozen=True)
+class BetaVAEOptions:
+    """β-VAE: a VAE trained for factors that lie apart, by β, a capacity or the total correlation."""
+
+    latent: int = 10
+    """Size of z."""
+    likelihood: LikelihoodName = "discretised-logistic"
+    """Distribution of x given z."""
+    penalty: Literal["divergence", "capacity", "total-correlation"] = "divergence"
+    """What is weighed: the divergence, its distance from a rising capacity, or its total correlation."""
+    weight: float = 4.0
+    """β, the weight of that."""
+    capacity: float = 25.0
+    """Nats that the divergence rises to, where a capacity holds it."""
+    rise: float = 10.0
+    """Epochs that the capacity takes to rise from 0."""
+
+    def build(self, data: DataSet) -> BetaVAE:
+        """Return the pair for a data set."""
+        capacity = Annealed(0.0, self.capacity, self.rise) if self.penalty == "capacity" else None
+        likelihood = make_likelihood(self.likelihood, "scalar", data)
+        return BetaVAE(data.x_shape, StandardNormal(self.latent), likelihood, beta=self.weight, capacity=capacity)
+
+    def loss(self, pair: BetaVAE, num_data: int) -> Loss:
+        """Return the loss that trains the pair."""
+        return pair.total_correlation_elbo(num_data) if self.penalty == "total-correlation" else pair.objective()
