@@ -29,6 +29,7 @@ from pyro_vae.diagnostics import CollapseReport, SiteReport, collapse_report
 from pyro_vae.disentanglement import beta_vae_metric, latent_means, mutual_information_gap
 from pyro_vae.divergences import convex_kl_bound, monte_carlo_kl, variational_kl_bound
 from pyro_vae.dreg import DReG
+from pyro_vae.em import ExpectationMaximisation, em
 from pyro_vae.evaluate import LogLikelihood, log_likelihood, naive_log_likelihood
 from pyro_vae.export import to_arviz, to_elpd
 from pyro_vae.gap import InferenceGap, inference_gap
@@ -54,6 +55,7 @@ __all__ = [
     "DiagonalGaussian",
     "DiscretisedLogistic",
     "DivergenceSplit",
+    "ExpectationMaximisation",
     "FixedScale",
     "FreeGaussian",
     "FullGaussian",
@@ -84,6 +86,7 @@ __all__ = [
     "convex_kl_bound",
     "data",
     "divergence_split",
+    "em",
     "fit",
     "generate",
     "impute",

@@ -291,6 +291,13 @@ def site_log_prob(site: Any, particle_dim: int) -> Tensor:
     data_dim = plates["data"].dim
     log_prob = scale_and_mask(site["fn"].log_prob(site["value"]), 1.0, site["mask"])
     others = [dim for dim in range(-log_prob.dim(), 0) if dim not in (data_dim, particle_dim)]
+    named = {frame.dim for frame in plates.values()}
+    if stray := [dim for dim in others if log_prob.shape[dim] != 1 and dim not in named]:
+        raise ValueError(
+            f"site '{site['name']}' has {log_prob.shape[stray[0]]} entries in dimension {stray[0]} of its batch, which "
+            "belongs to no plate: particles and data come left of and in the pair's plates; make that dimension part "
+            "of the event (.to_event), or give it a plate"
+        )
     return log_prob.sum(others) if others else log_prob
 
 

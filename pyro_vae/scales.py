@@ -80,6 +80,12 @@ class LearnedScale(Scale):
     def forward(self) -> Tensor:
         return torch.sqrt(self.floor**2 + torch.exp(2 * self.raw))
 
+    @torch.no_grad()
+    def set(self, value: Tensor) -> None:
+        """Set γ to a value; one at the floor or below becomes the floor, up to rounding."""
+        above = (value**2 - self.floor**2).clamp(min=torch.finfo(value.dtype).eps * self.floor**2)
+        self.raw.copy_(0.5 * torch.log(above))
+
 
 class BatchOptimalScale(Scale):
     """Train with γ² = mean (x − x̂)² of the batch at hand; evaluate with one frozen running average.

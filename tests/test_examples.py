@@ -12,14 +12,20 @@ import pytest
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 ARGUMENTS = {
     "plot_arviz.py": ("--epochs", "1"),
+    "plot_autoencoders.py": ("--epochs", "1"),
     "plot_beta_vae_sprites.py": ("--epochs", "1", "--size", "128", "--num-votes", "5"),
     "plot_categorical_vae_mnist.py": ("--epochs", "1", "--size", "128", "--num-particles", "2"),
     "plot_denoising_vae_mnist.py": ("--epochs", "1", "--size", "128", "--num-particles", "2"),
+    "plot_em.py": ("--size", "60", "--epochs", "2", "--draws", "2"),
+    "plot_gaussian_mixture_vae.py": ("--epochs", "2"),
+    "plot_gradient_variance.py": ("--draws", "3", "--epochs", "1"),
+    "plot_latent_sizes.py": ("--data", "digits", "--size", "200", "--epochs", "1"),
     "plot_mixture_prior.py": ("--epochs", "1"),
     "plot_pitfalls.py": (),
     "plot_srvae_digits.py": ("--epochs", "1", "--num-particles", "2"),
     "plot_srvae_mnist.py": ("--epochs", "1", "--size", "64", "--num-particles", "2"),
     "plot_vae_digits.py": ("--epochs", "1", "--num-particles", "2"),
+    "plot_vgae.py": ("--epochs", "1"),
     "train_with_plain_svi.py": ("--epochs", "1"),
 }
 
@@ -36,7 +42,7 @@ def test_every_example_is_short() -> None:
 def test_example_runs(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     # As in the tests' own process: the tensors are small, and a second thread costs more than it gives.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if "mnist" in name:
+    if any(word in name for word in ("mnist", "vgae")):
         environment["PYRO_VAE_DATA"] = str(request.getfixturevalue("shared_data"))
     command = [sys.executable, "-W", "error", str(EXAMPLES / name), *ARGUMENTS[name]]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)

@@ -304,3 +304,24 @@ def test_a_pair_may_take_data_of_its_own_type() -> None:
     check_batch(Tokens(), (torch.arange(3),))
     with pytest.raises(ValueError, match=r"computes with torch\.int64"):
         check_batch(Tokens(), (torch.zeros(3),))
+
+
+class StrayDimension(Coin):
+    """A pair with a plate of its own whose observed site puts the particles where that plate would be."""
+
+    max_plate_nesting = 2
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            with pyro.plate("nodes", 4, dim=-2):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z.sum(-2), 1.0), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1), pyro.plate("nodes", 4, dim=-2):
+            pyro.sample("z", dist.Normal(self.loc, 0.7))
+
+
+def test_a_batch_dimension_of_no_plate_is_refused_instead_of_summed() -> None:
+    with pytest.raises(ValueError, match="site 'x' has 3 entries in dimension -2 of its batch, which belongs to no"):
+        log_terms(StrayDimension(), torch.randn(5), num_particles=3)

@@ -1,18 +1,26 @@
-"""Data sets with pixels in [0, 1], and the maps between gray levels, bits and a continuum."""
+"""Data sets with pixels in [0, 1], the maps between gray levels, bits and a continuum, and graphs."""
 
 from pyro_vae.data.files import data_root
+from pyro_vae.data.graphs import GRAPHS, Graph, LinkSplit, graph_of, load_graph, make_graph, split_links
 from pyro_vae.data.sets import NAMES, DataSet, load
 from pyro_vae.data.sprites import Sprites, sprites
 from pyro_vae.data.transforms import binarise, dequantise, subset_after_shuffle
 
 __all__ = [
+    "GRAPHS",
     "NAMES",
     "DataSet",
+    "Graph",
+    "LinkSplit",
     "Sprites",
     "binarise",
     "data_root",
     "dequantise",
+    "graph_of",
     "load",
+    "load_graph",
+    "make_graph",
+    "split_links",
     "sprites",
     "subset_after_shuffle",
 ]

@@ -6,20 +6,27 @@
 from pyro_vae.models.beta_vae import BetaVAE, BetaVAEOptions
 from pyro_vae.models.categorical_vae import CategoricalVAE, CategoricalVAEOptions
 from pyro_vae.models.denoising_vae import DenoisingVAE, DenoisingVAEOptions
+from pyro_vae.models.gaussian_mixture import GaussianMixture
+from pyro_vae.models.gaussian_mixture_vae import GaussianMixtureVAE, GaussianMixtureVAEOptions
 from pyro_vae.models.linear_gaussian import LinearGaussianMixtureVAE, LinearGaussianVAE, LinearTwoStageVAE
 from pyro_vae.models.srvae import SRVAE, SRVAELoss, SRVAEOptions
 from pyro_vae.models.vae import VAE, VAELoss, VAEOptions
+from pyro_vae.models.vgae import VGAE
 
 __all__ = [
     "OPTIONS",
     "SRVAE",
     "VAE",
+    "VGAE",
     "BetaVAE",
     "BetaVAEOptions",
     "CategoricalVAE",
     "CategoricalVAEOptions",
     "DenoisingVAE",
     "DenoisingVAEOptions",
+    "GaussianMixture",
+    "GaussianMixtureVAE",
+    "GaussianMixtureVAEOptions",
     "LinearGaussianMixtureVAE",
     "LinearGaussianVAE",
     "LinearTwoStageVAE",
@@ -35,4 +42,5 @@ OPTIONS = {
     "beta-vae": BetaVAEOptions,
     "categorical-vae": CategoricalVAEOptions,
     "denoising-vae": DenoisingVAEOptions,
+    "gaussian-mixture-vae": GaussianMixtureVAEOptions,
 }

@@ -13,6 +13,9 @@ Reference: Tipping and Bishop (1999), Probabilistic principal component analysis
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import pyro
 import pyro.distributions as dist
 import torch
@@ -28,7 +31,14 @@ from pyro_vae.exact import (
 from pyro_vae.pair import Pair
 from pyro_vae.scales import LearnedScale
 
-__all__ = ["LinearGaussianMixtureVAE", "LinearGaussianVAE", "LinearTwoStageVAE"]
+__all__ = ["LatentMoments", "LinearGaussianMixtureVAE", "LinearGaussianVAE", "LinearTwoStageVAE"]
+
+
+class LatentMoments(NamedTuple):
+    """What a posterior over z comes down to here: ``mean`` (B, L) and ``covariance`` (B, L, L)."""
+
+    mean: Tensor
+    covariance: Tensor
 
 
 class LinearGaussianVAE(Pair):
@@ -70,6 +80,34 @@ class LinearGaussianVAE(Pair):
     def exact_posterior(self, x: Tensor) -> dist.MultivariateNormal:
         """Return p(z | x), batch (B,), event (L,)."""
         return linear_gaussian_posterior(x, self.weight, self.bias, self.scale())
+
+    def e_step(self, x: Tensor) -> LatentMoments:
+        """Return the posterior's moments: a Gaussian is no more than these."""
+        posterior = self.exact_posterior(x)
+        return LatentMoments(posterior.mean, posterior.covariance_matrix)
+
+    def elbo(self, x: Tensor, q: LatentMoments) -> Tensor:
+        """Return the ELBO of the Gaussian with these moments, (B,), in nats."""
+        variance, second = self.scale() ** 2, q.covariance + q.mean.unsqueeze(-1) * q.mean.unsqueeze(-2)
+        error = ((x - self.bias - q.mean @ self.weight.mT) ** 2).sum(-1)
+        error = error + torch.einsum("blm,dl,dm->b", q.covariance, self.weight, self.weight)
+        log_lik = -0.5 * (error / variance + x.shape[-1] * torch.log(2 * math.pi * variance))
+        # E_q log N(z; 0, I) and the entropy of q: the constants that they share cancel but for L / 2.
+        divergence = 0.5 * (second.diagonal(dim1=-2, dim2=-1).sum(-1) - q.mean.shape[-1] - torch.logdet(q.covariance))
+        return log_lik - divergence
+
+    @torch.no_grad()
+    def m_step(self, x: Tensor, q: LatentMoments) -> None:
+        """Set W, b and γ to the regression of x on z under these moments (Rubin and Thayer, 1982, Psychometrika 47)."""
+        # b is the coefficient of a constant latent.
+        one = torch.ones_like(q.mean[..., :1])
+        mean = torch.cat([q.mean, one], -1)
+        covariance = torch.nn.functional.pad(q.covariance, (0, 1, 0, 1)).sum(0)
+        solution = torch.linalg.solve(mean.mT @ mean + covariance, mean.mT @ x)
+        self.weight.copy_(solution[:-1].mT)
+        self.bias.copy_(solution[-1])
+        error = ((x - mean @ solution) ** 2).sum() + torch.einsum("lm,ld,md->", covariance, solution, solution)
+        self.scale.set(torch.sqrt(error / x.numel()))
 
 
 class LinearGaussianMixtureVAE(Pair):

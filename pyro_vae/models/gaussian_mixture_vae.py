@@ -1,0 +1,148 @@
+"""A VAE whose latent belongs to one of C clusters, and the cluster is a latent itself.
+
+    c ~ Categorical(w),   z ~ N(μ_c, diag σ_c²),   x ~ p(x | z)          q(z | x) q(c | z) = q(z | x) p(c | z)
+
+The guide knows the cluster of a z exactly, r_c(z) ∝ w_c N(z; μ_c, diag σ_c²), so that c costs nothing:
+p(c) p(z | c) / q(c | z) = p(z) for every c, and log-weights are those of the same VAE with its mixture summed out.
+
+Gradients need no score function either. By Fisher's identity ∇ log p(z) = E_{r(c | z)} ∇ log p(z, c): with the
+responsibilities held constant, a drawn c leaves the gradient unbiased (``Trace_ELBO``), and a sum over c, with
+``enumerated`` and ``TraceEnum_ELBO``, makes it that of the summed mixture.
+
+Reference: Jiang, Zheng, Tan, Tang and Zhou (2017), Variational deep embedding: an unsupervised and generative approach
+to clustering, IJCAI; Dilokthanakul et al. (2016), Deep unsupervised clustering with Gaussian mixture VAEs, arXiv.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from pyro_vae.conditionals import Conditional, DiagonalGaussian, Gaussian, Head, MixtureOfGaussians
+from pyro_vae.data import DataSet
+from pyro_vae.models.options import LikelihoodName, ScaleName, make_likelihood
+from pyro_vae.networks import default_decoder, default_encoder
+from pyro_vae.pair import Pair
+
+__all__ = ["GaussianMixtureVAE", "GaussianMixtureVAEOptions"]
+
+# No component of a fitted prior is narrower than this share of N(0, I)'s variance: a point would have infinite density.
+SMALLEST_VARIANCE = 1e-3
+
+
+class GaussianMixtureVAE(Pair):
+    """Pair p(c) p(z | c) p(x | z) with q(z | x) p(c | z).
+
+    Args:
+        x_shape: shape of one datum, (C, H, W) or (D,).
+        prior: the clusters; it knows their number and L.
+        likelihood: the head of p(x | z); Gaussian with one learned γ by default.
+        posterior: the head of q(z | x), diagonal by default.
+        encoder, decoder: networks of the user's own; by default MLPs, from 16 × 16 pixels up strided conv nets.
+        enumerated: whether c is marked, so that ``TraceEnum_ELBO`` sums over it; elsewhere it is drawn all the same.
+
+    Raises:
+        ValueError: for a prior without clusters.
+
+    >>> import torch, pyro_vae as pv
+    >>> pair = GaussianMixtureVAE((1, 8, 8), pv.MixtureOfGaussians(10, 4), pv.Bernoulli())
+    >>> pv.log_terms(pair, torch.zeros(5, 1, 8, 8), num_particles=3).log_weights.shape
+    torch.Size([3, 5])
+    >>> pair.responsibilities(torch.zeros(5, 1, 8, 8)).shape
+    torch.Size([5, 10])
+    """
+
+    def __init__(
+        self,
+        x_shape: Sequence[int],
+        prior: MixtureOfGaussians,
+        likelihood: Head | None = None,
+        posterior: Head | None = None,
+        *,
+        encoder: nn.Module | None = None,
+        decoder: nn.Module | None = None,
+        enumerated: bool = False,
+    ) -> None:
+        super().__init__()
+        if not isinstance(prior, MixtureOfGaussians):
+            raise ValueError(f"prior is {type(prior).__name__}; it must be a MixtureOfGaussians(components, size)")
+        self.x_shape, self.prior = tuple(x_shape), prior
+        # Marked only on request: Trace_ELBO warns of sites that it does not sum over.
+        self.infer = {"enumerate": "parallel"} if enumerated else {}
+        z, x = (prior.size,), self.x_shape
+        p_x, q_z = likelihood or Gaussian(), posterior or DiagonalGaussian()
+        self.p_x = Conditional(decoder or default_decoder([z], x, p_x.num_outputs(x)), p_x, x)
+        self.q_z = Conditional(encoder or default_encoder(x, q_z.num_outputs(z)), q_z, z)
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Categorical(logits=self.prior.logits))
+            z = pyro.sample("z", dist.Normal(self.prior.means[c], self.prior.log_scales[c].exp()).to_event(1))
+            pyro.sample("x", self.p_x(z), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", self.q_z(x))
+            # Held constant, see above: no score function is needed.
+            shares = self.prior.responsibilities(z).detach()
+            pyro.sample("c", dist.Categorical(probs=shares), infer=dict(self.infer))
+
+    def responsibilities(self, x: Tensor, num_particles: int = 16) -> Tensor:
+        """Estimate q(c | x) = E_q(z | x) r_c(z), a soft clustering.
+
+        Args:
+            x: (B, …).
+            num_particles: K, draws of z per datum.
+
+        Returns:
+            (B, components), each row sums to one.
+        """
+        return self.prior.responsibilities(self.q_z(x).sample((num_particles,))).mean(0)
+
+    @torch.no_grad()
+    def start_clusters(self, x: Tensor, seed: int = 0) -> None:
+        """Set the prior to the mixture that best fits the encoded data, by expectation–maximisation.
+
+        From a random start most components die in the first epochs, when the decoder does not use z yet. Encode with a
+        briefly trained pair instead, start the clusters there, and train on (Jiang et al., 2017, section 4.3).
+
+        Args:
+            x: (N, …), data to encode.
+            seed: of the fit.
+
+        Raises:
+            ValueError: for fewer data than components.
+        """
+        from sklearn.mixture import GaussianMixture
+
+        if len(x) < self.prior.components:
+            raise ValueError(f"x holds {len(x)} data, fewer than the prior's {self.prior.components} components")
+        means = torch.cat([self.q_z(rows).mean for rows in x.split(1024)]).double().cpu().numpy()
+        fitted = GaussianMixture(self.prior.components, covariance_type="diag", n_init=5, random_state=seed).fit(means)
+        self.prior.logits.copy_(torch.from_numpy(fitted.weights_).log())
+        self.prior.means.copy_(torch.from_numpy(fitted.means_))
+        self.prior.log_scales.copy_(torch.from_numpy(fitted.covariances_).clamp(min=SMALLEST_VARIANCE).log() / 2)
+
+
+@dataclass(frozen=True)
+class GaussianMixtureVAEOptions:
+    """VAE that clusters: p(c) p(z | c) p(x | z)."""
+
+    latent: int = 10
+    """Size of z."""
+    components: int = 10
+    """Number of clusters."""
+    likelihood: LikelihoodName = "continuous-bernoulli"
+    """Distribution of x given z."""
+    scale: ScaleName = "scalar"
+    """What a Gaussian likelihood's noise is learned for, or that each batch takes its optimum."""
+
+    def build(self, data: DataSet) -> GaussianMixtureVAE:
+        """Return the pair for a data set."""
+        likelihood = make_likelihood(self.likelihood, self.scale, data)
+        return GaussianMixtureVAE(data.x_shape, MixtureOfGaussians(self.components, self.latent), likelihood)
