@@ -44,6 +44,13 @@ def keep(name: str, results: dict[str, Any], started: float, folder: Path = RESU
     return path
 
 
+def machine_kind(threads: int) -> str:
+    """Return the name of the folder for results that depend on the machine: the GPU's name, or "cpu-2-cores"."""
+    if torch.cuda.is_available():
+        return f"cuda-{torch.cuda.get_device_name().lower().replace(' ', '-')}"
+    return f"cpu-{threads}-cores"
+
+
 def trained(pair: pv.Pair, data: pv.data.DataSet, name: str, **settings: Any) -> tuple[float, float]:
     """Train in the run folder ``name``, or go on there; return the seconds spent and the last validation loss."""
     folder = RUNS / name

@@ -37,8 +37,8 @@ class Options:
 def main(options: Options) -> None:
     """Train, score, draw."""
     data = pv.data.sprites(options.size)
-    figure = Figure(figsize=(12, 3.4), layout="constrained")
-    axes = figure.subplots(1, 4, width_ratios=(1, 1, 1, 1.4))
+    figure = Figure(figsize=(13, 3.4), layout="constrained")
+    axes = figure.subplots(1, 4, width_ratios=(1, 1, 1, 1.6))
     for ax, name in zip(axes, ("β = 1", "β = 4", "β-TCVAE, β = 4"), strict=False):
         torch.manual_seed(0)
         beta = float(name[-1])
@@ -50,7 +50,7 @@ def main(options: Options) -> None:
         metric = pv.beta_vae_metric(codes, data.factors, num_votes=options.num_votes)
         print(f"{name}: MIG {gap.gap:.3f}, β-VAE metric {100 * metric:.1f} %")
         shares = gap.information / gap.entropy
-        image = ax.imshow(shares.mT, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        image = ax.imshow(shares.mT.numpy(), vmin=0, vmax=1, cmap="viridis", aspect="auto")
         ax.set(title=f"{name}: MIG {gap.gap:.2f}", xlabel="latent", xticks=range(options.latent))
         ax.set(yticks=range(5), yticklabels=data.names)
     figure.colorbar(image, ax=axes[:3], label="I(latent; factor) / H(factor)")
@@ -60,8 +60,8 @@ def main(options: Options) -> None:
     for i, latent in enumerate(chosen.tolist()):
         z[i, :, latent] = torch.linspace(-2, 2, 8)
     images = pv.generate(pair, 24, given={"z": z.flatten(0, 1)}, seed=0).mean.reshape(3, 8, 32, 32)
-    axes[3].imshow(images.permute(0, 2, 1, 3).reshape(96, 256), cmap="gray", vmin=0, vmax=1)
-    axes[3].set(title=f"{name}: one latent from −2 to 2", xticks=[], yticks=[16, 48, 80])
+    axes[3].imshow(images.permute(0, 2, 1, 3).reshape(96, 256).numpy(), cmap="gray", vmin=0, vmax=1)
+    axes[3].set(title="β-TCVAE: one latent from −2 to 2", xticks=[], yticks=[16, 48, 80])
     axes[3].set_yticklabels([f"z{latent}" for latent in chosen.tolist()])
     options.out.mkdir(parents=True, exist_ok=True)
     save_figure(figure, options.out / "factors.png")

@@ -65,7 +65,7 @@ def main(options: Options) -> None:
         codes[i, :, i] = torch.eye(10)
     images = pv.generate(best[1], 200, given={"z": codes.flatten(0, 1)}, seed=0).mean.reshape(20, 10, 28, 28)
     chosen = images.var(1).sum((-2, -1)).topk(4).indices
-    right.imshow(images[chosen].permute(0, 2, 1, 3).reshape(112, 280), cmap="gray", vmin=0, vmax=1)
+    right.imshow(images[chosen].permute(0, 2, 1, 3).reshape(112, 280).numpy(), cmap="gray", vmin=0, vmax=1)
     right.set(xlabel="value 1 … 10 of that variable", title="E[x | z]: one code, one variable changed")
     right.set(xticks=[], yticks=[14, 42, 70, 98], yticklabels=[f"variable {int(i) + 1}" for i in chosen])
     options.out.mkdir(parents=True, exist_ok=True)

@@ -56,7 +56,7 @@ def main(options: Options) -> None:
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.6, 1))
     grid = torch.stack(list(rows.values())).squeeze(2).permute(0, 2, 1, 3).reshape(28 * len(rows), 28 * 8)
-    left.imshow(grid, cmap="gray", vmin=0, vmax=1)
+    left.imshow(grid.numpy(), cmap="gray", vmin=0, vmax=1)
     left.set(title=f"Reconstructions from corruptions (flips {options.flips:g})", xticks=[])
     left.set(yticks=[14 + 28 * i for i in range(len(rows))], yticklabels=list(rows))
     counts, bounds = [1, 2, 5, 10, 20], []

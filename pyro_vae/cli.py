@@ -14,14 +14,13 @@ import numpy as np
 import torch
 import tyro
 from matplotlib.figure import Figure
-from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from pyro_vae import data as data_sets
 from pyro_vae.checkpoint import load_parameters, read_json, write_whole
-from pyro_vae.commands import Demo, Evaluate, List, Sample, SuperResolve, Training
+from pyro_vae.commands import Demo, Evaluate, List, Sample, SuperResolve
 from pyro_vae.data import DataSet
 from pyro_vae.estimates import LogLikelihood, likelihood_notes
 from pyro_vae.evaluate import log_likelihood
@@ -29,7 +28,6 @@ from pyro_vae.figures import image_grid, save_figure, super_resolution_grid
 from pyro_vae.inputs import resolve_device, split
 from pyro_vae.memory import MEBIBYTE
 from pyro_vae.models import OPTIONS
-from pyro_vae.objectives import iwae
 from pyro_vae.pair import Pair
 from pyro_vae.predict import generate, super_resolve
 from pyro_vae.processes import LostProcessError, Processes, join
@@ -41,8 +39,8 @@ from pyro_vae.report import (
     write_loss_terms,
     write_report,
 )
-from pyro_vae.svi import Loss
 from pyro_vae.train import fit
+from pyro_vae.training_options import Training
 
 __all__ = ["main"]
 
@@ -121,7 +119,7 @@ def _train(name: str, options: Any, training: Training) -> tuple[Path, Pair, Dat
     pair = options.build(data)
     validation = data.validation if data.validation is not None else training.validation or None
     train, _ = split((data.train,), validation, training.seed)
-    loss, num_particles = _loss(training, options, pair, len(train[0]))
+    loss, num_particles = training.make_loss(options, pair, len(train[0]))
     run = fit(
         pair,
         data.train,
@@ -162,18 +160,6 @@ def _join(device: str) -> Processes:
     processes = join(resolve_device(device))
     console.quiet = not processes.is_first
     return processes
-
-
-def _loss(training: Training, options: Any, pair: Pair, size: int) -> tuple[Loss, int]:
-    """Return the loss over so many data, and the draws that are not its own to make."""
-    count = training.num_particles
-    if training.loss == "default" and hasattr(options, "loss"):
-        return options.loss(pair, size), count
-    if training.loss == "iwae" or count < 1:
-        return iwae, count
-    kind = TraceMeanField_ELBO if training.loss == "mean-field" else Trace_ELBO
-    # All draws in one pass, to the left of the pair's own plates.
-    return kind(count, max_plate_nesting=pair.max_plate_nesting, vectorize_particles=count > 1), 1
 
 
 def _load_data(name: str, root: str | None, download: bool = False) -> DataSet:

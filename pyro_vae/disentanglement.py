@@ -108,8 +108,8 @@ def beta_vae_metric(
 
     A vote fixes one factor k, draws ``num_pairs`` pairs of data that agree in it, and averages |z − z'| over them; the
     classifier is to find k. Estimator: ``num_votes`` votes per factor to train a logistic regression on, features
-    divided by their standard deviations, and as many fresh ones to score it on. Chance is 1/F; a code that copies each
-    factor to a latent of its own scores 1.
+    standardised by their own mean and deviation, and as many fresh ones to score it on. Chance is 1/F; a code that
+    copies each factor to a latent of its own scores 1.
 
     Args:
         codes: (N, L), such as :func:`latent_means`.
@@ -147,8 +147,9 @@ def beta_vae_metric(
     for _ in range(2):
         votes = [_votes(codes.double().cpu(), v.cpu(), num_votes, num_pairs, generator) for v in factors.unbind(-1)]
         sets.append(torch.cat(votes))
-    scale = sets[0].std(0)
-    train, test = (features / torch.where(scale > 0, scale, 1.0) for features in sets)
+    mean, scale = sets[0].mean(0), sets[0].std(0)
+    # A latent that never moves has features that are equal up to rounding, which a division would blow up.
+    train, test = ((features - mean) / torch.where(scale > 1e-12 * mean, scale, 1.0) for features in sets)
     labels = torch.arange(factors.shape[1]).repeat_interleave(num_votes)
     classifier = LogisticRegression(max_iter=2000).fit(train.numpy(), labels.numpy())
     return float(classifier.score(test.numpy(), labels.numpy()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vae.checks import check_batch, check_support
+from pyro_vae.chunks import Capture, LogWeights, check_capture, recorded_chunks
 from pyro_vae.estimates import LogLikelihood
 from pyro_vae.kept import KeptChunks, evaluation_key
 from pyro_vae.memory import MEBIBYTE, chunk_sizes
@@ -37,9 +37,6 @@ from pyro_vae.weights import WeightStream, WeightSummary
 
 __all__ = ["LogLikelihood", "log_likelihood", "naive_log_likelihood", "quantity_of"]
 
-# Log-weights (k, b) of a chunk of b data and k draws.
-LogWeights = Callable[[tuple[Tensor, ...], int], Tensor]
-
 
 def log_likelihood(
     pair: Pair,
@@ -49,6 +46,7 @@ def log_likelihood(
     seed: int | None = None,
     progress: Progress = True,
     run_dir: str | Path | None = None,
+    capture: Capture = "auto",
 ) -> LogLikelihood:
     """Estimate log p(x) per datum by importance sampling from the guide.
 
@@ -70,6 +68,9 @@ def log_likelihood(
             data in all.
         run_dir: folder that keeps finished chunks, each for this pair, its parameters, data, K, memory and seed alone;
             it needs a seed. None keeps no file.
+        capture: whether full chunks replay a compiled recording of the pair's programs, with the same draws and, up to
+            rounding, the same numbers. "auto" compiles where a thousand chunks of 64 MiB or more are to come, and
+            warns, once, of what it cannot record; True always compiles, and raises instead; False is Pyro's eager pass.
 
     Returns:
         :class:`LogLikelihood`.
@@ -89,7 +90,7 @@ def log_likelihood(
     (True, 'log p(x)')
     """
 
-    settings = _Settings(num_particles, memory, seed, progress, run_dir, naive=False)
+    settings = _Settings(num_particles, memory, seed, progress, run_dir, naive=False, capture=capture)
     return _estimate(pair, batch, lambda chunk, size: _weights(log_terms(pair, *chunk, num_particles=size)), settings)
 
 
@@ -163,9 +164,11 @@ class _Settings(NamedTuple):
     progress: Progress
     run_dir: str | Path | None
     naive: bool
+    capture: Capture = False
 
 
 def _estimate(pair: Pair, batch: tuple[Tensor, ...], log_weights: LogWeights, settings: _Settings) -> LogLikelihood:
+    check_capture(settings.capture)
     check_batch(pair, batch)
     check_support(pair, batch, "x")
     num_particles = settings.num_particles
@@ -209,6 +212,12 @@ def _summaries(
     data, particles = chunk_sizes(lambda chunk, size: weigh(chunk, [size]), batch, num_particles, settings.memory)
     sizes = [min(particles, num_particles - start) for start in range(0, num_particles, particles)]
     kept = _kept(pair, batch, log_weights, settings, (data, particles))
+    log_weights = recorded_chunks(
+        *(pair, log_weights, batch, (data, particles)),
+        num_particles=num_particles,
+        memory=settings.memory,
+        capture=settings.capture,
+    )
     parts: list[WeightSummary] = []
     try:
         with progress_bar(settings.progress, "log-likelihood", count) as update:

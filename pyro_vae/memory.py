@@ -30,6 +30,7 @@ def chunk_sizes(
     num_particles: int,
     memory: int,
     unit: str = "one datum and one particle",
+    largest: int = CHUNK,
 ) -> tuple[int, int]:
     """Return how many data and particles a chunk may hold so that its tensors stay within ``memory`` bytes.
 
@@ -43,6 +44,7 @@ def chunk_sizes(
         num_particles: K.
         memory: bytes.
         unit: what the smallest chunk is, for the error.
+        largest: data per chunk at most.
 
     Returns:
         Data per chunk, and particles per chunk.
@@ -62,7 +64,7 @@ def chunk_sizes(
             f"({-(-least // MEBIBYTE)} MiB)"
         )
     target = memory if batch[0].device.type == "cuda" else max(least, min(memory, CPU_WORKING_SET))
-    data = max(1, min(CHUNK, len(batch[0]), target // least))
+    data = max(1, min(largest, len(batch[0]), target // least))
     particles, measured = 1, peak(data, 1)
     while particles < num_particles:
         # A tenth is left for what an allocation is rounded up to.

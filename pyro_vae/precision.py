@@ -51,7 +51,7 @@ def to_precision(thing: Thing, precision: Precision | None) -> Thing:
 
 
 def networks(pair: Pair, batch: tuple[Tensor, ...]) -> list[nn.Module]:
-    """Return the pair's networks: its outermost modules that return tensors, when it is run on two data.
+    """Return the pair's networks: its outermost modules that hold parameters and return tensors, run on two data.
 
     A module that returns a distribution is none, nor is the pair itself.
 
@@ -60,7 +60,8 @@ def networks(pair: Pair, batch: tuple[Tensor, ...]) -> list[nn.Module]:
     >>> networks(pair, (torch.zeros(2, 3),))[:2]
     [Linear(in_features=3, out_features=2, bias=True), Linear(in_features=1, out_features=3, bias=True)]
     """
-    others: set[nn.Module] = set()
+    modules = [module for module in pair.modules() if module is not pair]
+    others = {module for module in modules if not any(True for _ in module.parameters())}
     calls: dict[nn.Module, list[tuple[nn.Module, ...]]] = {}
     running: list[nn.Module] = []
 
@@ -73,7 +74,6 @@ def networks(pair: Pair, batch: tuple[Tensor, ...]) -> list[nn.Module]:
         if not all(isinstance(leaf, Tensor) for leaf in tree_leaves(output)):
             others.add(module)
 
-    modules = [module for module in pair.modules() if module is not pair]
     handles = [m.register_forward_pre_hook(enter) for m in modules] + [m.register_forward_hook(leave) for m in modules]
     try:
         with evaluation(pair), own_random_state(0, device_of(pair)):

@@ -12,6 +12,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vae.checks import check_batch, check_support, check_tensor, refuse_outside
+from pyro_vae.memory import MEBIBYTE, chunk_sizes
 from pyro_vae.pair import (
     Pair,
     device_of,
@@ -26,7 +27,7 @@ from pyro_vae.pair import (
     trace_pair,
     x_site,
 )
-from pyro_vae.randomness import own_random_state
+from pyro_vae.randomness import derived_seed, fresh_seed, own_random_state
 
 __all__ = [
     "Generated",
@@ -143,23 +144,47 @@ def reconstruct(pair: Pair, *batch: Tensor, num_particles: int = 1, seed: int | 
         return Reconstruction(x.mean, x.sample())
 
 
-def posterior(pair: Pair, *batch: Tensor, num_particles: int = 100, seed: int | None = None) -> Posterior:
+def posterior(
+    pair: Pair, *batch: Tensor, num_particles: int = 100, memory: int = 512 * MEBIBYTE, seed: int | None = None
+) -> Posterior:
     """Draw latents from the guide, with the importance weights that make them draws from the posterior.
 
     Args:
         pair: any pair.
         batch: ``x`` (B, …) and the pair's conditions.
         num_particles: K.
+        memory: bytes that a chunk of data and particles may take beside what is returned, as in
+            :func:`~pyro_vae.log_likelihood`; seeded draws depend on it.
         seed: of the draws; fresh entropy without one.
 
     Returns:
         :class:`Posterior`; every latent has its K and B axes, a point mass too.
+
+    Raises:
+        ValueError: for bad data, K < 1, and a budget too small for one datum and one particle.
     """
+    if num_particles < 1:
+        raise ValueError(f"num_particles is {num_particles}; it counts draws per datum and must be at least 1")
     batch = _on_device(pair, batch)
-    with _drawing(pair, seed):
-        guide, model = trace_pair(pair, *batch, num_particles=num_particles)
+
+    def draw(chunk: tuple[Tensor, ...], size: int) -> Posterior:
+        guide, model = trace_pair(pair, *chunk, num_particles=size)
         latents = {name: whole_value(site) for name, site in sample_sites(guide).items()}
         return Posterior(latents, sum_terms(guide, model, particle_dim(pair)).log_weights)
+
+    columns = []
+    with _drawing(pair, seed):
+        data, particles = chunk_sizes(draw, batch, num_particles, memory)
+        for start in range(0, len(batch[0]), data):
+            chunk = tuple(tensor[start : start + data] for tensor in batch)
+            sizes = (min(particles, num_particles - begin) for begin in range(0, num_particles, particles))
+            columns.append(_joined([draw(chunk, size) for size in sizes], 0))
+        return _joined(columns, 1)
+
+
+def _joined(parts: list[Posterior], dim: int) -> Posterior:
+    latents = {name: torch.cat([part.latents[name] for part in parts], dim) for name in parts[0].latents}
+    return Posterior(latents, torch.cat([part.log_weights for part in parts], dim))
 
 
 def super_resolve(pair: Pair, y: Tensor, *, num_samples: int = 16, seed: int | None = None) -> SuperResolution:
@@ -211,6 +236,7 @@ def impute(
     num_samples: int = 16,
     num_particles: int = 64,
     sweeps: int = 10,
+    memory: int = 512 * MEBIBYTE,
     seed: int | None = None,
 ) -> Imputation:
     """Draw the missing part of x given the seen part.
@@ -227,14 +253,16 @@ def impute(
         num_samples: S, independent chains per datum, one draw from each.
         num_particles: K, candidates in each draw of z.
         sweeps: number of Gibbs sweeps.
+        memory: bytes that a chunk of chains may take beside what is returned, as in :func:`~pyro_vae.log_likelihood`;
+            seeded draws depend on it.
         seed: of the draws; fresh entropy without one.
 
     Returns:
         :class:`Imputation`.
 
     Raises:
-        ValueError: for a mask that is not boolean or of another shape, bad seen data, and a likelihood that does not
-            factorise.
+        ValueError: for a mask that is not boolean or of another shape, bad seen data, a likelihood that does not
+            factorise, and a budget too small for one chain.
 
     Reference:
         Rezende, Mohamed and Wierstra (2014), Stochastic backpropagation, ICML; Andrieu, Doucet and Holenstein (2010),
@@ -255,18 +283,28 @@ def impute(
     seen, mask, *others = to_pair(pair, (batch[0], mask, *conditions))
     # Chains are data of their own: S copies of each datum, S × B in all, each begun at a draw of its own.
     rows = torch.arange(len(x), device=seen.device).repeat(num_samples)
-    conditions = tuple(tensor[rows] for tensor in others)
-    # Another seed: the same one would give a chain the very noise that its x was begun with.
-    begun = generate(pair, len(rows), *conditions, seed=None if seed is None else seed + 1)
-    filled = torch.where(mask[rows], seen[rows], begun.x)
-    chain = _Chain(pair, filled, mask[rows], conditions, num_particles)
-    with _drawing(pair, seed):
+    chains = (seen[rows], mask[rows], *(tensor[rows] for tensor in others))
+    seed = fresh_seed() if seed is None else seed
+
+    def run(chunk: tuple[Tensor, ...], sweeps: int, start: int = 0) -> tuple[Tensor, Tensor, bool]:
+        seen, mask, *conditions = chunk
+        # A stream of its own: the chains' would give each the very noise that its x was begun with.
+        begun = generate(pair, len(seen), *conditions, seed=derived_seed(seed, "imputation", start))
+        chain = _Chain(pair, torch.where(mask, seen, begun.x), mask, tuple(conditions), num_particles)
         weights = chain.start()
         for _ in range(sweeps):
             chain.sweep()
+        return chain.x, weights, chain.approximate
+
+    with _drawing(pair, seed):
+        unit = f"one chain and its {num_particles} candidates"
+        size, _ = chunk_sizes(lambda chunk, _: run(chunk, min(sweeps, 1)), chains, 1, memory, unit, len(rows))
+        starts = range(0, len(rows), size)
+        parts = [run(tuple(tensor[i : i + size] for tensor in chains), sweeps, i) for i in starts]
+    weights = torch.cat([part[1] for part in parts], 1)
     ess = torch.exp(2 * torch.logsumexp(weights, 0) - torch.logsumexp(2 * weights, 0))
-    samples = chain.x.unflatten(0, (num_samples, len(x)))
-    return Imputation(samples, ess.view(num_samples, -1).mean(0), chain.approximate)
+    samples = torch.cat([part[0] for part in parts]).unflatten(0, (num_samples, len(x)))
+    return Imputation(samples, ess.view(num_samples, -1).mean(0), parts[0][2])
 
 
 class _Chain:

@@ -102,8 +102,8 @@ def fit(
         compiled: whether to compile the recording, which takes a while, pays in long runs and needs a C++ compiler. A
             resumed run then equals an unbroken one up to rounding.
         precision: "float32" and "float64" convert pair and data, None takes them as they are; "bf16-mixed" keeps
-            parameters, densities and sums in float32 and runs the pair's networks, its outermost modules that return
-            tensors, under torch's autocast to bfloat16 while training.
+            parameters, densities and sums in float32 and runs the pair's networks, its outermost modules that hold
+            parameters and return tensors, under torch's autocast to bfloat16 while training.
         tf32: whether a CUDA device may round the operands of float32 products to TF32 while training.
         seed: of the shuffling and of every draw.
         device: "cpu", "cuda", or "auto" for CUDA where there is one.

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 
 import pyro_vae as pv
 from pyro_vae.cli import load_run, main
@@ -17,6 +18,7 @@ from pyro_vae.data import DataSet
 from pyro_vae.estimates import likelihood_rows
 from pyro_vae.kept import KeptChunks
 from pyro_vae.train import fit
+from pyro_vae.training_options import Training
 
 SMALL = ("--epochs", "1", "--latent", "2")
 
@@ -120,7 +122,10 @@ def test_evaluate_gives_bits_for_masses_only(likelihood: str) -> None:
 
 @pytest.mark.usefixtures("few_digits")
 def test_evaluation_reads_what_training_wrote() -> None:
-    main(["train", "vae", *SMALL, "--run-dir", "run"])
+    how = ("--loss", "iwae", "--num-particles", "3", "--precision", "bf16-mixed", "--capture", "true")
+    main(["train", "vae", *SMALL, *how, "--run-dir", "run"])
+    settings = json.loads(Path("run/config.json").read_text())["fit"]
+    assert (settings["loss"], settings["num_particles"], settings["precision"]) == ("iwae", 3, "bf16-mixed")
     pair, data = load_run(Path("run"))
     again, _ = load_run(Path("run"))
     a, b = (pv.log_likelihood(p, data.test, num_particles=4, seed=0).per_datum for p in (pair, again))
@@ -132,6 +137,17 @@ def test_the_demo_needs_no_argument_and_a_second_one_spares_the_first() -> None:
     for folder in ("runs/demo", "runs/demo-2"):
         assert main(["demo", "--epochs", "1"]) == 0
         assert Path(folder, "report.md").exists()
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize(("name", "kind"), [("elbo", Trace_ELBO), ("mean-field", TraceMeanField_ELBO)])
+def test_particles_are_the_elbos_own(name: Any, kind: type, count: int) -> None:
+    pair = pv.models.LinearGaussianVAE(3, 1)
+    loss, beside = Training(loss=name, num_particles=count).make_loss(None, pair, 10)
+    assert (type(loss), beside) == (kind, 1)
+    assert loss.num_particles == count
+    # All draws are made in one pass: one value of the latent site holds them.
+    assert loss.vectorize_particles == (count > 1)
 
 
 def test_unknown_model_lists_the_known(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import pyro_vae as pv
 from pyro_vae.exact import linear_gaussian_log_likelihood, linear_gaussian_posterior
+from pyro_vae.memory import CountBytes
 from pyro_vae.models import SRVAE, VAE, LinearGaussianMixtureVAE, LinearGaussianVAE
 from pyro_vae.networks import MLP
 
@@ -338,3 +339,62 @@ def test_draws_follow_their_seed_and_change_nothing(draw: Any) -> None:
     assert torch.equal(first, draw(pair, x))
     assert pair.training
     assert all(torch.equal(state[name], value) for name, value in pair.state_dict().items())
+
+
+# Memory
+
+
+def test_a_small_budget_draws_the_same_posterior_in_parts() -> None:
+    pair, x = fixed(LinearGaussianVAE(4, 2)), torch.randn(7, 4)
+    # What is returned does not count: 4000 draws of 7 data, two numbers and a weight each, take 672 kB.
+    with CountBytes() as counter:
+        drawn = pv.posterior(pair, x, num_particles=4000, memory=150_000, seed=0)
+    assert drawn.latents["z"].shape == (4000, 7, 2)
+    assert drawn.log_weights.shape == (4000, 7)
+    assert counter.peak <= 150_000 + 2 * 672_000 + 10_000
+    torch.testing.assert_close(drawn.log_weights, pair.exact_log_likelihood(x).expand(4000, 7), rtol=1e-10, atol=1e-10)
+    exact = pair.exact_posterior(x)
+    for i in range(7):
+        assert_moments(drawn.latents["z"][:, i], exact.mean[i], exact.covariance_matrix[i])
+    # No draw is repeated from one part to the next.
+    assert len(drawn.latents["z"][:, 0, 0].unique()) == 4000
+
+
+def test_a_small_budget_imputes_the_same_conditional_in_parts() -> None:
+    pair, x = fixed(LinearGaussianVAE(3, 1)), torch.randn(1, 3)
+    mask = torch.tensor([True, True, False])
+    settings: dict[str, Any] = {"num_samples": 2000, "num_particles": 8, "sweeps": 20}
+    with CountBytes() as counter:
+        result = pv.impute(pair, x, mask, **settings, memory=1_200_000, seed=0)
+    # Beside a chunk there are the chains' data, their masks, what is drawn of them and weights, and copies of those.
+    assert counter.peak <= 1_200_000 + 2000 * 8 * (6 * 3 + 4 * 8)
+    mean, covariance = marginal(pair)
+    gain = covariance[2, :2] @ torch.linalg.inv(covariance[:2, :2])
+    samples = result.samples[:, 0]
+    assert torch.equal(samples[:, :2], x[:, :2].expand(2000, 2))
+    expected, variance = mean[2] + gain @ (x[0, :2] - mean[:2]), covariance[2, 2] - gain @ covariance[:2, 2]
+    assert_moments(samples[:, 2:], expected[None], variance[None, None])
+    assert len(samples[:, 2].unique()) == 2000
+
+
+def test_too_small_a_budget_is_refused_with_one_that_works() -> None:
+    pair, x, seen = LinearGaussianVAE(4, 2), torch.randn(3, 4), torch.ones(4, dtype=torch.bool)
+    for use in (
+        lambda memory: pv.posterior(pair, x, num_particles=3, memory=memory),
+        lambda memory: pv.impute(pair, x, seen, num_samples=2, num_particles=3, sweeps=1, memory=memory),
+    ):
+        with pytest.raises(ValueError, match="raise it to") as error:
+            use(10)
+        use(int(str(error.value).split("raise it to ")[1].split()[0]))
+    with pytest.raises(ValueError, match="one chain and its 3 candidates"):
+        pv.impute(pair, x, seen, num_particles=3, memory=10)
+    with pytest.raises(ValueError, match="num_particles is 0"):
+        pv.posterior(pair, x, num_particles=0)
+
+
+def test_a_seeded_imputation_repeats_and_shares_nothing_with_the_next_seed() -> None:
+    pair, x, seen = fixed(LinearGaussianVAE(4, 2)), torch.randn(2, 4), torch.zeros(4, dtype=torch.bool)
+    settings: dict[str, Any] = {"num_samples": 5, "num_particles": 4, "sweeps": 0}
+    first, again, following = (pv.impute(pair, x, seen, **settings, seed=seed).samples for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.isclose(first.flatten()[:, None], following.flatten()).any()

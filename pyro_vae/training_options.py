@@ -1,0 +1,78 @@
+"""The command line's options of training, and the loss that they describe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+
+from pyro_vae.objectives import iwae
+from pyro_vae.pair import Pair
+from pyro_vae.precision import Precision
+from pyro_vae.svi import Loss
+
+__all__ = ["Training"]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How to train."""
+
+    data: str = "digits"
+    """Data set; `pyro-vae list` names them."""
+    data_root: str | None = None
+    """Folder of the data sets; else $PYRO_VAE_DATA, else the user's cache."""
+    download: bool = False
+    """Fetch the data set where it is absent."""
+    run_dir: Path | None = None
+    """Run folder; runs/MODEL-DATA by default."""
+    resume: bool = False
+    """Continue the run in the folder."""
+    epochs: int = 20
+    """Passes over the data."""
+    batch_size: int = 128
+    """Data per step and process."""
+    loss: Literal["default", "elbo", "mean-field", "iwae"] = "default"
+    """What is minimised: −ELBO by sampling or with closed divergences, or the importance-weighted bound's negative; by
+    default the model's own loss, −ELBO by sampling where it has none."""
+    num_particles: int = 1
+    """Draws per datum and step."""
+    lr: float = 1e-3
+    """Adam's learning rate."""
+    beta: float = 1.0
+    """Weight of the divergence terms."""
+    warmup: int = 0
+    """Epochs over which β rises from 0."""
+    clip_norm: float | None = None
+    """Largest global norm of the gradient."""
+    patience: int | None = None
+    """Epochs without a better validation loss before training stops."""
+    validation: float = 0.1
+    """Share of the training data to hold out, where the data set brings no validation set; 0 trains on all."""
+    capture: Literal["auto", "true", "false"] = "auto"
+    """Whether steps replay a recording of the model: where that pays, always, or never."""
+    compiled: bool = False
+    """Compile the recording, which pays in long runs."""
+    precision: Precision = "float32"
+    """Of training."""
+    tf32: bool = False
+    """Round the operands of float32 products to TF32 on a CUDA device."""
+    seed: int = 0
+    """Of initial values, shuffling and draws."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+    def make_loss(self, options: Any, pair: Pair, num_data: int) -> tuple[Loss, int]:
+        """Return the loss over so many data, and the draws per datum that are not its own to make."""
+        count = self.num_particles
+        if self.loss == "default" and hasattr(options, "loss"):
+            return options.loss(pair, num_data), count
+        if self.loss == "iwae" or count < 1:
+            return iwae, count
+        kind = TraceMeanField_ELBO if self.loss == "mean-field" else Trace_ELBO
+        if count == 1:
+            return kind(), 1
+        # All draws in one pass, to the left of the pair's own plates.
+        return kind(count, max_plate_nesting=pair.max_plate_nesting, vectorize_particles=True), 1
