@@ -32,6 +32,7 @@ from pyro_vae.dreg import DReG
 from pyro_vae.em import ExpectationMaximisation, em
 from pyro_vae.evaluate import LogLikelihood, log_likelihood, naive_log_likelihood
 from pyro_vae.export import to_arviz, to_elpd
+from pyro_vae.flows import FlowPosterior, FlowPrior, Reversal, Sylvester
 from pyro_vae.gap import InferenceGap, inference_gap
 from pyro_vae.information import MutualInformation
 from pyro_vae.pair import LogTerms, Pair, SiteTerms, log_terms, site_terms
@@ -57,6 +58,8 @@ __all__ = [
     "DivergenceSplit",
     "ExpectationMaximisation",
     "FixedScale",
+    "FlowPosterior",
+    "FlowPrior",
     "FreeGaussian",
     "FullGaussian",
     "Gaussian",
@@ -71,10 +74,12 @@ __all__ = [
     "MutualInformation",
     "OneHotPrior",
     "Pair",
+    "Reversal",
     "Run",
     "SiteReport",
     "SiteTerms",
     "StandardNormal",
+    "Sylvester",
     "TotalCorrelationELBO",
     "__version__",
     "advance",

@@ -159,7 +159,7 @@ def super_resolution_grid(x: Tensor, y: Tensor, result: SuperResolution, name: s
 def latent_map(pair: Pair, data: DataSet, metrics: list[dict[str, Any]]) -> Figure | None:
     """Draw the guide's means for test data on their two leading principal axes."""
     latents = posterior(pair, data.test[:1000], num_particles=8, seed=0).latents
-    continuous = [name for name in ("u", "z") if name in latents and latents[name].dim() == 3]
+    continuous = [name for name, z in latents.items() if z.dim() == 3 and z.is_floating_point()]
     if not continuous:
         return None
     figure = Figure(figsize=(4.2 * len(continuous), 3.8), layout="constrained")
@@ -170,7 +170,8 @@ def latent_map(pair: Pair, data: DataSet, metrics: list[dict[str, Any]]) -> Figu
         _, _, directions = torch.linalg.svd(means, full_matrices=False)
         points = means @ directions[:2].mT if means.shape[-1] > 1 else torch.cat([means, 0 * means], -1)
         labels = None if data.test_labels is None else data.test_labels[: len(points)].numpy()
-        scatter = ax.scatter(points[:, 0].numpy(), points[:, -1].numpy(), c=labels, cmap="tab10", s=8)
+        colours = None if labels is None else "tab10"
+        scatter = ax.scatter(points[:, 0].numpy(), points[:, -1].numpy(), c=labels, cmap=colours, s=8)
         ax.set_xlabel(f"first principal axis of E[{name} | x]")
         ax.set_ylabel("second")
         if labels is not None:

@@ -8,9 +8,9 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import adaptive_avg_pool2d, interpolate, silu
+from torch.nn.functional import adaptive_avg_pool2d, glu, interpolate, silu
 
-__all__ = ["MLP", "ConvDecoder", "ConvEncoder", "default_decoder", "default_encoder", "flatten_inputs"]
+__all__ = ["MLP", "ConvDecoder", "ConvEncoder", "GatedMLP", "default_decoder", "default_encoder", "flatten_inputs"]
 
 Shape = Sequence[int]
 
@@ -74,6 +74,36 @@ class MLP(nn.Module):
         for layer in self.layers[:-1]:
             h = self.activation(layer(h))
         return self.layers[-1](h)
+
+
+class GatedMLP(nn.Module):
+    """Map the concatenated inputs through gated layers, h ← (W h + b) ⊙ σ(V h + c), to ``outputs`` numbers.
+
+    Args:
+        shapes: event shape of each input.
+        outputs: size of the output.
+        hidden: widths of the gated layers; the last layer is affine.
+
+    Reference:
+        Dauphin, Fan, Auli and Grangier (2017), Language modeling with gated convolutional networks, ICML.
+
+    >>> GatedMLP([(1, 8, 8)], 10, hidden=(32,))(torch.zeros(3, 5, 1, 8, 8)).shape
+    torch.Size([3, 5, 10])
+    """
+
+    def __init__(self, shapes: Sequence[Shape], outputs: int, hidden: Sequence[int] = (300, 300)) -> None:
+        super().__init__()
+        self.shapes = [tuple(shape) for shape in shapes]
+        sizes = [sum(math.prod(shape) for shape in shapes), *hidden]
+        # W and V are the halves of one matrix: one product in place of two.
+        self.gated = nn.ModuleList(nn.Linear(a, 2 * b) for a, b in pairwise(sizes))
+        self.last = nn.Linear(sizes[-1], outputs)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        h = flatten_inputs(inputs, self.shapes)
+        for layer in self.gated:
+            h = glu(layer(h))
+        return self.last(h)
 
 
 class ConvEncoder(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_vae.annealing import Annealed
 from pyro_vae.pair import LogTerms
 
-__all__ = ["Objective", "beta_elbo", "capacity_elbo", "elbo", "iwae", "renyi"]
+__all__ = ["Objective", "beta_elbo", "capacity_elbo", "elbo", "free_bits", "iwae", "renyi"]
 
 Objective: TypeAlias = Callable[[LogTerms], Tensor]
 
@@ -160,6 +160,45 @@ def capacity_elbo(weight: float, capacity: Annealed) -> Objective:
     objective.annealed = capacity  # type: ignore[attr-defined]
     way = f"{capacity.start:g} to {capacity.end:g} in {capacity.epochs:g} epochs"
     return _named(objective, f"capacity_elbo({weight:g}, {way})")
+
+
+def free_bits(floor: float) -> Objective:
+    """Return the ELBO in which no latent site gains from a divergence below λ, its free bits.
+
+    (1/K) Σ_k log p(x | z_k) − Σ_sites max(λ, KL_site),   KL_site averaged over draws and over the batch
+
+    A site whose divergence is above λ counts as in the ELBO, one below adds the constant λ and has no gradient of its
+    own, so that it is free to carry that much. The batch's mean decides, one draw of one datum being too noisy to.
+
+    Args:
+        floor: λ ≥ 0, nats per datum and site; 0 leaves the ELBO, up to estimates below zero.
+
+    Returns:
+        An objective, log-terms (K, B) to (B,), in nats, at most the ELBO in the batch's mean; named ``free_bits(λ)``.
+
+    Raises:
+        ValueError: for λ that is negative or not finite.
+
+    Reference:
+        Kingma, Salimans, Jozefowicz, Chen, Sutskever and Welling (2016), Improved variational inference with inverse
+        autoregressive flow, NeurIPS, appendix C.8.
+
+    >>> from pyro_vae.pair import SiteTerms
+    >>> zero, one = torch.zeros(4, 2), torch.ones(4, 2)
+    >>> free_bits(3.0)(LogTerms(zero, zero, one, {"z": SiteTerms(zero, one)}))
+    tensor([-3., -3.])
+    """
+    if not 0 <= floor < math.inf:
+        raise ValueError(f"floor is {floor}; free bits must be finite and at least 0")
+
+    def objective(terms: LogTerms) -> Tensor:
+        value = terms.log_lik.mean(0)
+        for site in terms.latents.values():
+            divergence = (site.log_guide - site.log_model).mean(0)
+            value = value - torch.where(divergence.mean() > floor, divergence, float(floor))
+        return value
+
+    return _named(objective, f"free_bits({floor:g})")
 
 
 def _named(objective: Objective, name: str) -> Objective:

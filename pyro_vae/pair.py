@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import inspect
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
@@ -111,28 +111,40 @@ def _announce(name: str, parameter: nn.Parameter) -> None:
     effectful(lambda *_, **__: alias, type="param")(name, alias, constraint=constraints.real, name=name)
 
 
-class LogTerms(NamedTuple):
-    """Log-densities per particle and datum, each ``(K, B)``, in nats.
-
-    ``log_lik`` sums the data terms: the observed sites, and the latent sites that the guide fixes to a point mass.
-    ``log_prior`` sums the model's other latent sites, ``log_guide`` the guide's sites.
-    """
-
-    log_lik: Tensor
-    log_prior: Tensor
-    log_guide: Tensor
-
-    @property
-    def log_weights(self) -> Tensor:
-        """log p(x, z) − log q(z | x), ``(K, B)``."""
-        return self.log_lik + self.log_prior - self.log_guide
-
-
 class SiteTerms(NamedTuple):
     """One site's log-densities, each ``(K, B)``, in nats; ``log_guide`` is zero at an observed site."""
 
     log_model: Tensor
     log_guide: Tensor
+
+
+class _Sums(NamedTuple):
+    log_lik: Tensor
+    log_prior: Tensor
+    log_guide: Tensor
+
+
+class LogTerms(_Sums):
+    """Log-densities per particle and datum, a tuple of three, each ``(K, B)``, in nats.
+
+    ``log_lik`` sums the data terms: the observed sites, and the latent sites that the guide fixes to a point mass.
+    ``log_prior`` sums the model's other latent sites, ``log_guide`` the guide's sites. The attribute ``latents`` has
+    those other latent sites one by one, for objectives that treat them apart; it is no part of the tuple.
+    """
+
+    latents: Mapping[str, SiteTerms]
+
+    def __new__(
+        cls, log_lik: Tensor, log_prior: Tensor, log_guide: Tensor, latents: Mapping[str, SiteTerms] | None = None
+    ) -> LogTerms:
+        terms = super().__new__(cls, log_lik, log_prior, log_guide)
+        terms.latents = {} if latents is None else latents
+        return terms
+
+    @property
+    def log_weights(self) -> Tensor:
+        """log p(x, z) − log q(z | x), ``(K, B)``."""
+        return self.log_lik + self.log_prior - self.log_guide
 
 
 def log_terms(pair: Pair, *batch: Tensor, num_particles: int = 1) -> LogTerms:
@@ -251,16 +263,19 @@ def sum_terms(guide: Trace, model: Trace, particle_dim: int) -> LogTerms:
     log_lik: Any = 0.0
     log_prior: Any = 0.0
     log_guide: Any = 0.0
+    guided = {name: site_log_prob(site, particle_dim) for name, site in sample_sites(guide).items()}
+    latents = {}
     for name, site in sample_sites(model).items():
         term = site_log_prob(site, particle_dim)
         if site["is_observed"] or name in fixed:
             log_lik = log_lik + term
         else:
             log_prior = log_prior + term
-    for site in sample_sites(guide).values():
-        log_guide = log_guide + site_log_prob(site, particle_dim)
+            latents[name] = SiteTerms(term, guided[name])
+    for term in guided.values():
+        log_guide = log_guide + term
     zero = torch.zeros_like(log_lik + log_prior)
-    return LogTerms(zero + log_lik, zero + log_prior, zero + log_guide)
+    return LogTerms(zero + log_lik, zero + log_prior, zero + log_guide, latents)
 
 
 def sample_sites(trace: Trace) -> dict[str, Any]:

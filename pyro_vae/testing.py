@@ -171,15 +171,31 @@ def _couples(pair: Pair, batch: tuple[Tensor, ...], guide: Trace) -> bool:
     first = []
     for data in (batch, copies):
         with pyro.plate("particles", 1, dim=particle_dim(pair)), pyro.validation_enabled(False):
-            torch.manual_seed(0)
-            q = poutine.trace(poutine.replay(type(pair).guide, trace=guide)).get_trace(pair, *data)
-            p = poutine.trace(poutine.replay(type(pair).model, trace=guide)).get_trace(pair, *data)
-            dim = particle_dim(pair)
-            sites = [site for trace in (q, p) for site in sample_sites(trace).values()]
-            first.append(torch.stack([site_log_prob(site, dim)[..., 0].squeeze() for site in sites]))
+            first.append(torch.stack([term[..., 0].squeeze() for term in _rescored(pair, data, guide)]))
     # Products over another batch may be summed in another order: a few hundred roundings.
     eps = 1000 * torch.finfo(first[0].dtype).eps
     return not torch.allclose(first[0], first[1], rtol=eps, atol=eps, equal_nan=True)
+
+
+def _rescored(pair: Pair, batch: tuple[Tensor, ...], guide: Trace) -> list[Tensor]:
+    """Return both programs' log-densities, site by site, at the latents of a trace.
+
+    A flow without an inverse scores its own draws only: the guide then draws again, from one seed, so that the first
+    datum has the same noise whatever the others are.
+    """
+    dim = particle_dim(pair)
+    for latents in (guide, None):
+        torch.manual_seed(0)
+        q = poutine.trace(type(pair).guide if latents is None else poutine.replay(type(pair).guide, trace=latents))
+        drawn = q.get_trace(pair, *batch)
+        try:
+            terms = [site_log_prob(site, dim) for site in sample_sites(drawn).values()]
+            break
+        except (KeyError, NotImplementedError):
+            if latents is None:
+                raise
+    model = poutine.trace(poutine.replay(type(pair).model, trace=drawn)).get_trace(pair, *batch)
+    return terms + [site_log_prob(site, dim) for site in sample_sites(model).values()]
 
 
 def _untrainable(pair: Pair, batch: tuple[Tensor, ...]) -> list[Finding]:

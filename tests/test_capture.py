@@ -102,7 +102,11 @@ def test_one_particle_is_the_elbo() -> None:
     assert_captured_is_eager(small_vae(), elbo)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "likelihood" not in name and "scale" not in name])
+# Kinds of flows differ in their transforms, which the tests above have recorded already.
+TRAJECTORIES = [n for n in CASES if "likelihood" not in n and "scale" not in n and not n.startswith("flow-vae-")]
+
+
+@pytest.mark.parametrize("name", TRAJECTORIES)
 def test_trajectories_stay_together(name: str) -> None:
     # Every third batch is short.
     pair = CASES[name]()

@@ -20,12 +20,15 @@ ARGUMENTS = {
     "plot_gaussian_mixture_vae.py": ("--epochs", "2"),
     "plot_gradient_variance.py": ("--draws", "3", "--epochs", "1"),
     "plot_latent_sizes.py": ("--data", "digits", "--size", "200", "--epochs", "1"),
+    "plot_flow_vae.py": ("--epochs", "1", "--num-particles", "2"),
+    "plot_ladder_vae.py": ("--epochs", "1", "--num-particles", "2"),
     "plot_mixture_prior.py": ("--epochs", "1"),
     "plot_pitfalls.py": (),
     "plot_srvae_digits.py": ("--epochs", "1", "--num-particles", "2"),
     "plot_srvae_mnist.py": ("--epochs", "1", "--size", "64", "--num-particles", "2"),
     "plot_vae_digits.py": ("--epochs", "1", "--num-particles", "2"),
     "plot_vgae.py": ("--epochs", "1"),
+    "plot_vamp_prior_vae.py": ("--epochs", "1", "--num-particles", "2"),
     "train_with_plain_svi.py": ("--epochs", "1"),
 }
 

@@ -6,11 +6,14 @@
 from pyro_vae.models.beta_vae import BetaVAE, BetaVAEOptions
 from pyro_vae.models.categorical_vae import CategoricalVAE, CategoricalVAEOptions
 from pyro_vae.models.denoising_vae import DenoisingVAE, DenoisingVAEOptions
+from pyro_vae.models.flow_vae import FlowVAE, FlowVAEOptions
 from pyro_vae.models.gaussian_mixture import GaussianMixture
 from pyro_vae.models.gaussian_mixture_vae import GaussianMixtureVAE, GaussianMixtureVAEOptions
+from pyro_vae.models.ladder_vae import LadderVAE, LadderVAEOptions
 from pyro_vae.models.linear_gaussian import LinearGaussianMixtureVAE, LinearGaussianVAE, LinearTwoStageVAE
 from pyro_vae.models.srvae import SRVAE, SRVAELoss, SRVAEOptions
 from pyro_vae.models.vae import VAE, VAELoss, VAEOptions
+from pyro_vae.models.vamp_prior_vae import VampPriorVAE, VampPriorVAEOptions
 from pyro_vae.models.vgae import VGAE
 
 __all__ = [
@@ -24,9 +27,13 @@ __all__ = [
     "CategoricalVAEOptions",
     "DenoisingVAE",
     "DenoisingVAEOptions",
+    "FlowVAE",
+    "FlowVAEOptions",
     "GaussianMixture",
     "GaussianMixtureVAE",
     "GaussianMixtureVAEOptions",
+    "LadderVAE",
+    "LadderVAEOptions",
     "LinearGaussianMixtureVAE",
     "LinearGaussianVAE",
     "LinearTwoStageVAE",
@@ -34,6 +41,8 @@ __all__ = [
     "SRVAEOptions",
     "VAELoss",
     "VAEOptions",
+    "VampPriorVAE",
+    "VampPriorVAEOptions",
 ]
 
 OPTIONS = {
@@ -43,4 +52,7 @@ OPTIONS = {
     "categorical-vae": CategoricalVAEOptions,
     "denoising-vae": DenoisingVAEOptions,
     "gaussian-mixture-vae": GaussianMixtureVAEOptions,
+    "flow-vae": FlowVAEOptions,
+    "ladder-vae": LadderVAEOptions,
+    "vamp-prior-vae": VampPriorVAEOptions,
 }

@@ -1,0 +1,161 @@
+"""The ladder VAE: a hierarchy of latents whose guide walks down it together with the model.
+
+    p(x, z) = p(z_L) p(z_{L−1} | z_L) … p(z_1 | z_2) p(x | z_1)
+    q(z | x) = q(z_L | x) q(z_{L−1} | z_L, x) … q(z_1 | z_2, x)
+
+A deterministic pass upwards, d_l = f_l(d_{l−1}) with d_0 = x, gives each layer what the data say, N(m_l, s_l²). The
+guide samples downwards and multiplies it by what the model says, p(z_l | z_{l+1}) = N(μ_l, σ_l²):
+
+    q(z_l | z_{l+1}, x) = N(v_l (m_l / s_l² + μ_l / σ_l²), v_l),   1 / v_l = 1 / s_l² + 1 / σ_l²
+
+and q(z_L | x) = N(m_L, s_L²). The networks of p(z_l | z_{l+1}) are the model's and the guide's at once. Against layers
+that fall idle, train with ``fit(warmup=…)`` or the objective :func:`~pyro_vae.objectives.free_bits`; both see one site
+for each layer, and so does ``collapse_report``.
+
+Reference: Sønderby, Raiko, Maaløe, Sønderby and Winther (2016), Ladder variational autoencoders, NeurIPS; without their
+batch normalisation, which would couple the data of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+from torch import Tensor, nn
+
+from pyro_vae.conditionals import Bernoulli, Conditional, DiagonalGaussian, Head, StandardNormal
+from pyro_vae.data import DataSet
+from pyro_vae.models.options import LikelihoodName, make_likelihood
+from pyro_vae.networks import MLP, default_decoder, default_encoder
+from pyro_vae.pair import Pair
+
+__all__ = ["LadderVAE", "LadderVAEOptions"]
+
+
+class LadderVAE(Pair):
+    """Pair p(z_L) Π p(z_l | z_{l+1}) p(x | z_1) with a guide that merges data and model at each layer.
+
+    The sites are named ``z1`` … ``zL``, ``z1`` next to the data.
+
+    Args:
+        x_shape: shape of one datum, (C, H, W) or (D,).
+        sizes: of z_1, …, z_L.
+        likelihood: the head of p(x | z_1); Bernoulli by default.
+        hidden: width of d_l and of the networks beside it, for each layer; by default 256, 128, … down to 32.
+        bottom_up: networks of the user's own f_1, …, f_L, with d_l of width ``hidden[l]``.
+        top_down: networks of the user's own for p(z_l | z_{l+1}), l = 1, …, L − 1, with 2 ``sizes[l]`` outputs.
+        decoder: network of the user's own for p(x | z_1).
+
+    Raises:
+        ValueError: for no layers, a size or width below 1, and networks that are not one for each layer.
+
+    >>> import torch, pyro_vae as pv
+    >>> pair = LadderVAE((1, 8, 8), (8, 4, 2))
+    >>> pv.log_terms(pair, torch.zeros(5, 1, 8, 8), num_particles=3).log_weights.shape
+    torch.Size([3, 5])
+    """
+
+    def __init__(
+        self,
+        x_shape: Sequence[int],
+        sizes: Sequence[int],
+        likelihood: Head | None = None,
+        *,
+        hidden: Sequence[int] | None = None,
+        bottom_up: Sequence[nn.Module] | None = None,
+        top_down: Sequence[nn.Module] | None = None,
+        decoder: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        widths = [max(256 >> layer, 32) for layer in range(len(sizes))] if hidden is None else list(hidden)
+        _check_layers(sizes, widths, bottom_up, top_down)
+        self.x_shape, gaussian, head = tuple(x_shape), DiagonalGaussian(), likelihood or Bernoulli()
+        if bottom_up is None:
+            first = default_encoder(self.x_shape, widths[0])
+            rest = (MLP([(a,)], b, (b,)) for a, b in pairwise(widths))
+            bottom_up = [nn.Sequential(network, nn.SiLU()) for network in (first, *rest)]
+        if top_down is None:
+            above = zip(sizes[1:], sizes, widths, strict=False)
+            top_down = [MLP([(a,)], 2 * size, (width, width)) for a, size, width in above]
+        decoder = decoder or default_decoder([(sizes[0],)], self.x_shape, head.num_outputs(self.x_shape))
+        layers = list(zip(sizes, widths, strict=True))
+        self.bottom_up = nn.ModuleList(bottom_up)
+        self.evidence = nn.ModuleList(Conditional(nn.Linear(w, 2 * size), gaussian, (size,)) for size, w in layers)
+        self.p_z = nn.ModuleList(
+            Conditional(net, gaussian, (size,)) for net, size in zip(top_down, sizes, strict=False)
+        )
+        self.prior = StandardNormal(sizes[-1])
+        self.p_x = Conditional(decoder, head, self.x_shape)
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample(f"z{len(self.evidence)}", self.prior())
+            for layer in reversed(range(len(self.p_z))):
+                z = pyro.sample(f"z{layer + 1}", self.p_z[layer](z))
+            pyro.sample("x", self.p_x(z), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        evidence, d = [], x
+        for network, conditional in zip(self.bottom_up, self.evidence, strict=True):
+            d = network(d)
+            evidence.append(conditional(d))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample(f"z{len(evidence)}", evidence[-1])
+            for layer in reversed(range(len(self.p_z))):
+                z = pyro.sample(f"z{layer + 1}", merged(evidence[layer], self.p_z[layer](z)))
+
+
+def merged(first: Any, second: Any) -> dist.Distribution:
+    """Return the normalised product of two diagonal Gaussians over vectors: precisions add, means are weighed by them.
+
+    >>> import torch
+    >>> one, other = (dist.Normal(mean, 1.0).to_event(1) for mean in torch.tensor([[0.0], [2.0]]))
+    >>> merged(one, other).mean, merged(one, other).variance
+    (tensor([1.]), tensor([0.5000]))
+    """
+    first, second = first.base_dist, second.base_dist
+    ours, theirs = first.scale**-2, second.scale**-2
+    variance = 1 / (ours + theirs)
+    return dist.Normal(variance * (first.loc * ours + second.loc * theirs), variance.sqrt()).to_event(1)
+
+
+@dataclass(frozen=True)
+class LadderVAEOptions:
+    """Ladder VAE: a hierarchy of latents whose guide merges data and model at each layer."""
+
+    layers: int = 3
+    """Number of stochastic layers."""
+    latent: int = 16
+    """Size of z next to the data; each layer above it has half as many, at least 2."""
+    likelihood: LikelihoodName = "discretised-logistic"
+    """Distribution of x given z."""
+
+    def build(self, data: DataSet) -> LadderVAE:
+        """Return the pair for a data set."""
+        sizes = [self.latent, *(max(self.latent >> layer, 2) for layer in range(1, self.layers))]
+        if self.layers < 1:
+            raise ValueError(f"layers is {self.layers}; a ladder has at least 1")
+        return LadderVAE(data.x_shape, sizes, make_likelihood(self.likelihood, "scalar", data))
+
+
+def _check_layers(
+    sizes: Sequence[int],
+    widths: Sequence[int],
+    bottom_up: Sequence[nn.Module] | None,
+    top_down: Sequence[nn.Module] | None,
+) -> None:
+    if len(sizes) < 1:
+        raise ValueError("sizes is empty: a ladder has at least 1 layer, sizes=(16, 8) has two")
+    if min(sizes) < 1 or min(widths, default=1) < 1:
+        raise ValueError(f"sizes is {list(sizes)}, hidden {list(widths)}; all must be at least 1")
+    for name, given, count in (
+        ("hidden", widths, len(sizes)),
+        ("bottom_up", bottom_up, len(sizes)),
+        ("top_down", top_down, len(sizes) - 1),
+    ):
+        if given is not None and len(given) != count:
+            raise ValueError(f"{name} has {len(given)} entries; {len(sizes)} layers need {count}")

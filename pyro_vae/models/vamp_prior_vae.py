@@ -1,0 +1,139 @@
+"""The VAE whose prior is the guide's own posterior at learned pseudo-inputs.
+
+    p(x, z) = p(z) p(x | z)          p(z) = (1/C) Σ_c q(z | x = v_c)          q(z | x)
+
+The prior that is best for a fixed guide is the aggregate posterior, q(z | x) averaged over the data; the pseudo-inputs
+v_1 … v_C, trained with the rest, are a small sample of data that stands for all of them. The encoder is shared by model
+and guide, so that its gradient comes from both.
+
+Reference: Tomczak and Welling (2018), VAE with a VampPrior, AISTATS. They keep pseudo-inputs in [0, 1] by a hard tanh;
+here they are free, since a hard bound has no gradient outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from pyro_vae.analytic import reconstruction
+from pyro_vae.conditionals import Bernoulli, Conditional, DiagonalGaussian, Head
+from pyro_vae.data import DataSet
+from pyro_vae.distributions import GaussianMixture
+from pyro_vae.divergences import MixtureKL, kl_to_prior
+from pyro_vae.models.options import LikelihoodName, make_likelihood
+from pyro_vae.models.vae import VAELoss
+from pyro_vae.networks import GatedMLP
+from pyro_vae.pair import Pair
+
+__all__ = ["VampPriorVAE", "VampPriorVAEOptions"]
+
+# Pseudo-inputs that begin as one and the same datum would have one gradient, and stay the same.
+JITTER = 0.01
+
+
+class VampPriorVAE(Pair):
+    """Pair p(z) p(x | z) with q(z | x), where p(z) = (1/C) Σ_c q(z | v_c).
+
+    Args:
+        pseudo_inputs: where v_1 … v_C start, (C, *x_shape): training data, say. They fix the shape of x.
+        latent: L.
+        likelihood: the head of p(x | z); Bernoulli by default.
+        encoder, decoder: networks of the user's own; by default gated MLPs with two layers of 300.
+
+    The mixture's log-density at K draws for B data takes C · K · B · L numbers; ``log_likelihood`` counts them.
+
+    Raises:
+        ValueError: for no pseudo-inputs, or some that are NaN or infinite, and for L < 1.
+
+    >>> import torch, pyro_vae as pv
+    >>> pair = VampPriorVAE(torch.rand(10, 1, 8, 8), latent=4)
+    >>> pv.log_terms(pair, torch.zeros(5, 1, 8, 8), num_particles=3).log_weights.shape
+    torch.Size([3, 5])
+    """
+
+    def __init__(
+        self,
+        pseudo_inputs: Tensor,
+        latent: int,
+        likelihood: Head | None = None,
+        *,
+        encoder: nn.Module | None = None,
+        decoder: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        if pseudo_inputs.dim() < 2 or len(pseudo_inputs) == 0:
+            raise ValueError(
+                f"pseudo_inputs has shape {tuple(pseudo_inputs.shape)}; it must be (C, *x_shape) with C at least 1: "
+                "some training data, data.train[:100] say"
+            )
+        if not torch.isfinite(pseudo_inputs).all():
+            raise ValueError("pseudo_inputs holds NaN or infinite values: start them at training data")
+        if latent < 1:
+            raise ValueError(f"latent is {latent}; it must be at least 1")
+        self.x_shape = tuple(pseudo_inputs.shape[1:])
+        self.pseudo_inputs = nn.Parameter(pseudo_inputs.clone())
+        p_head, q_head = likelihood or Bernoulli(), DiagonalGaussian()
+        decoder = decoder or GatedMLP([(latent,)], p_head.num_outputs(self.x_shape))
+        encoder = encoder or GatedMLP([self.x_shape], q_head.num_outputs((latent,)))
+        self.p_x = Conditional(decoder, p_head, self.x_shape)
+        self.q_z = Conditional(encoder, q_head, (latent,))
+
+    def prior(self) -> GaussianMixture:
+        """Return p(z), event (L,): the guide's posteriors at the pseudo-inputs, in equal parts."""
+        weights = self.pseudo_inputs.new_zeros(len(self.pseudo_inputs))
+        return GaussianMixture(dist.Categorical(logits=weights), self.q_z(self.pseudo_inputs))
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", self.prior())
+            pyro.sample("x", self.p_x(z), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", self.q_z(x))
+
+    def closed_form(self, x: Tensor, *, num_particles: int, mixture_kl: MixtureKL) -> VAELoss:
+        """Return the documents' loss: see :func:`pyro_vae.analytic_loss`."""
+        q_z = self.q_z(x)
+        z = q_z.rsample((num_particles,))
+        return VAELoss(reconstruction(self.p_x(z), x).mean(0), kl_to_prior(q_z, self.prior(), mixture_kl))
+
+
+@dataclass(frozen=True)
+class VampPriorVAEOptions:
+    """VAE with a VampPrior: p(z) mixes the guide's posteriors at learned pseudo-inputs."""
+
+    latent: int = 20
+    """Size of z."""
+    pseudo_inputs: int = 50
+    """Number of pseudo-inputs, begun at training data drawn at random."""
+    hidden: int = 100
+    """Width of the two gated layers of encoder and decoder."""
+    likelihood: LikelihoodName = "discretised-logistic"
+    """Distribution of x given z."""
+
+    def build(self, data: DataSet) -> VampPriorVAE:
+        """Return the pair for a data set."""
+        start = starting_pseudo_inputs(data.train, self.pseudo_inputs)
+        likelihood = make_likelihood(self.likelihood, "scalar", data)
+        hidden: Sequence[int] = (self.hidden, self.hidden)
+        encoder = GatedMLP([data.x_shape], 2 * self.latent, hidden)
+        decoder = GatedMLP([(self.latent,)], likelihood.num_outputs(data.x_shape), hidden)
+        return VampPriorVAE(start, self.latent, likelihood, encoder=encoder, decoder=decoder)
+
+
+def starting_pseudo_inputs(train: Tensor, count: int) -> Tensor:
+    """Return ``count`` training data drawn at random, each moved a little, so that no two are the same.
+
+    Raises:
+        ValueError: for a count below 1.
+    """
+    if count < 1:
+        raise ValueError(f"pseudo_inputs is {count}; the prior mixes over at least 1")
+    chosen = train[torch.randint(len(train), (count,))]
+    return chosen + JITTER * torch.randn_like(chosen)
