@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from pyro_vae.capture import _swapped, _unchanged
 from pyro_vae.compiling import compile_graph
 from pyro_vae.pair import Pair
 from pyro_vae.products import through_onednn, with_faster_products
+from pyro_vae.program_state import swapped, unchanged
 from pyro_vae.recording import CaptureError, Tape, traced
 
 __all__ = ["Capture", "LogWeights", "check_capture", "recorded_chunks"]
@@ -103,13 +103,13 @@ def _recorded(
     def program(*inputs: Tensor) -> Tensor:
         values = inputs[: len(held)]
         replaced = {id(tensor): value for tensor, value in zip(held, values, strict=True)}
-        with Tape([]), _swapped(pair, replaced):
+        with Tape([]), swapped(pair, replaced):
             return log_weights(inputs[len(held) :], size)
 
     # Tensors made in inference mode cannot be recorded; nothing here needs gradients.
     with torch.inference_mode(False), torch.no_grad():
         inputs = [tensor.detach() for tensor in held] + [tensor.clone() for tensor in chunk]
-        with _unchanged(pair, log_weights) as changed:
+        with unchanged(pair, log_weights) as changed:
             graph = traced(program, inputs)
         if changed:
             raise CaptureError(f"the program sets {changed[0]}, which a replay would not: make it a buffer of the pair")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -10,21 +11,52 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-__all__ = ["compile_graph"]
+__all__ = ["compile_graph", "keep_pages"]
+
+# Just below the largest block that glibc adapts to, 32 MiB, with room for its own and torch's alignment.
+LARGEST_BLOCK = 31 * 2**20
 
 
-def compile_graph(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any] | None:
-    """Return the graph compiled; None, with a warning, where that is not possible."""
+def compile_graph(
+    graph: GraphModule, inputs: list[Tensor], tell: Callable[[str], object] | None = None
+) -> Callable[..., Any] | None:
+    """Return the graph compiled; None, with a warning, where that is not possible.
+
+    Args:
+        graph: a recorded graph of aten operations.
+        inputs: what it takes.
+        tell: is called with a line of text before and after.
+    """
+    tell = tell or (lambda line: None)
+    start = time.perf_counter()
     try:
+        from torch._dynamo.utils import counters
         from torch._inductor import config, standalone_compile
         from torch._inductor.cpp_builder import get_cpp_compiler
 
         if all(tensor.device.type == "cpu" for tensor in inputs):
             get_cpp_compiler()
-        # Random numbers come from torch's own generator, as in the eager step.
-        with torch.no_grad(), config.patch(fallback_random=True):
-            return standalone_compile(graph, [*inputs], dynamic_shapes="from_example_inputs")
+        tell(f"compiling a recorded step of {len(graph.graph.nodes)} operations")
+        before = counters["inductor"]["fxgraph_cache_hit"]
+        # Random numbers come from torch's own generator, as in the eager step; shapes and strides are part of what a
+        # recording is chosen by, so that they need no check at each call.
+        options = {"fallback_random": True, "size_asserts": False, "alignment_asserts": False}
+        with torch.no_grad(), config.patch(options):
+            run = standalone_compile(graph, [*inputs], dynamic_shapes="from_example_inputs")
+        cached = counters["inductor"]["fxgraph_cache_hit"] > before
+        tell(f"compiled in {time.perf_counter() - start:.1f} s{', from the cache on disk' if cached else ''}")
+        return run
     except Exception as error:
         reason = str(error).split("\n")[0].strip() or type(error).__name__
         warnings.warn(f"the recorded step is replayed uncompiled: {reason}", stacklevel=6)
         return None
+
+
+def keep_pages() -> None:
+    """Let the C library keep the memory that a step frees for the next step.
+
+    By default glibc returns freed blocks above a threshold to the system, which clears their pages and hands them back
+    one fault at a time: for wide networks a third of a step. It raises the threshold by itself, to the size of the
+    largest block freed so far; so one is freed that was never touched and cost nothing. Other libraries ignore it.
+    """
+    torch.empty(LARGEST_BLOCK, dtype=torch.uint8)

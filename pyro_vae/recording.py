@@ -27,11 +27,16 @@ class CaptureError(ValueError):
 
 
 class Tape(TorchFunctionMode):
-    """Answer for tensors without values what Pyro asks of values, and gather the gradients of its backward calls."""
+    """Answer for tensors without values what Pyro asks of values, and gather the gradients of its backward calls.
 
-    def __init__(self, leaves: list[Tensor]) -> None:
+    Args:
+        leaves: what gradients are taken of.
+        seed: what all gradients are multiplied by, at the root, where that costs nothing.
+    """
+
+    def __init__(self, leaves: list[Tensor], seed: float | None = None) -> None:
         super().__init__()
-        self.leaves = leaves
+        self.leaves, self.seed = leaves, seed
         self.gradients: list[Tensor | None] = [None] * len(leaves)
 
     def __torch_function__(
@@ -51,6 +56,8 @@ class Tape(TorchFunctionMode):
     def _backward(self, value: Tensor, gradient: Any = None, retain_graph: Any = None, **options: Any) -> None:
         if any(options.values()):
             raise CaptureError(f"a backward call with {sorted(options)} is not recorded")
+        if self.seed is not None:
+            gradient = self.seed * (torch.ones_like(value) if gradient is None else gradient)
         new = torch.autograd.grad(value, self.leaves, gradient, retain_graph=retain_graph, allow_unused=True)
         for i, (old, more) in enumerate(zip(self.gradients, new, strict=True)):
             self.gradients[i] = more if old is None else old if more is None else old + more
@@ -77,7 +84,7 @@ _STANDARD = (Path(sysconfig.get_path("stdlib")),)
 _MACHINERY = (
     *_TORCH,
     _PYRO,
-    *(Path(__file__).with_name(f"{name}.py") for name in ("capture", "recording", "svi", "pair")),
+    *(Path(__file__).with_name(f"{name}.py") for name in ("capture", "program_state", "recording", "svi", "pair")),
 )
 
 

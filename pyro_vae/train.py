@@ -30,6 +30,8 @@ __all__ = ["Run", "fit"]
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 # Recording a program takes about as long as this many small steps: runs that take fewer of a kind do not record it.
 STEPS_BEFORE_CAPTURE = 50
+# One for the progress bar and for the lines above it.
+console = Console(stderr=True)
 # The attributes of an ELBO that say what is maximised.
 NUMBERS_OF_A_LOSS = ("alpha", "beta", "gamma", "data_size", "num_particles")
 
@@ -154,14 +156,16 @@ def fit(
     processes.check_same((settings.data, settings.validation))
     in_bfloat16 = networks(pair, train) if precision == "bf16-mixed" else []
     trainer = Trainer(pair, update, Batches(train, target), held_out, settings, processes, in_bfloat16)
-    steps = _steps(pair, loss, update, settings, capture, Averaging(pair) if processes.size > 1 else None)
+    shows = progress and processes.is_first
+    average = Averaging(pair) if processes.size > 1 else None
+    steps = _steps(pair, loss, update, settings, capture, average, tell=console.print if shows else None)
     folder = None if run_dir is None else Path(run_dir)
     with own_random_state(processes.seed(seed), target):
         if folder is not None:
             trainer.open_folder(folder, resume, {"epochs": epochs, **(config or {})})
         elif resume:
             raise ValueError("resume needs run_dir, the folder of the run to continue")
-        _epochs(trainer, steps, epochs, progress and processes.is_first)
+        _epochs(trainer, steps, epochs, shows)
     if patience is not None:
         trainer.restore_best()
     pair.eval()
@@ -191,6 +195,7 @@ def _steps(
     settings: Settings,
     capture: Literal["auto"] | bool,
     average: Average | None,
+    tell: Callable[[str], object] | None,
 ) -> tuple[Step, Step]:
     """Return the step of an epoch's first batch, which Pyro validates and so is eager, and that of the others."""
     if capture not in ("auto", True, False):
@@ -203,13 +208,13 @@ def _steps(
         return eager, eager
     # A compiled recording rounds otherwise than the eager step: a resumed run must begin it where the first did.
     after = 0 if capture is True or settings.compiled else STEPS_BEFORE_CAPTURE
-    options |= {"compiled": settings.compiled, "after": after, "strict": capture is True}
+    options |= {"compiled": settings.compiled, "after": after, "strict": capture is True, "tell": tell}
     return eager, captured_step(pair, loss, optimizer, **options)
 
 
 def _epochs(trainer: Trainer, steps: tuple[Step, Step], epochs: int, progress: bool) -> None:
     columns = (*rich.progress.Progress.get_default_columns()[:-1], rich.progress.TimeElapsedColumn())
-    with rich.progress.Progress(*columns, disable=not progress, console=Console(stderr=True)) as bar:
+    with rich.progress.Progress(*columns, disable=not progress, console=console) as bar:
         task = bar.add_task("training", total=epochs, completed=trainer.epoch)
         try:
             while trainer.epoch < epochs and not trainer.out_of_patience():
