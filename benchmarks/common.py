@@ -58,8 +58,8 @@ def trained(pair: pv.Pair, data: pv.data.DataSet, name: str, **settings: Any) ->
     resume = (folder / "checkpoint" / "pair.safetensors").exists()
     validation = data.validation if data.validation is not None else data.test
     run = pv.fit(pair, data.train, validation=validation, run_dir=folder, resume=resume, **FAST, **settings)
-    last = run.metrics[-1]
-    return last["seconds"], last["validation_loss"]
+    # Each epoch has its own time, those before an interruption too.
+    return sum(record["seconds"] for record in run.metrics), run.metrics[-1]["validation_loss"]
 
 
 def evaluated(pair: pv.Pair, data: pv.data.DataSet, name: str) -> dict[str, Any]:

@@ -40,7 +40,7 @@ from pyro_vae.report import markdown_table
 PIXELS, HIDDEN, LATENT = 784, 512, 40
 PEER = "pythae==0.1.2"
 # Data and samples at a time, for the rows whose author chooses them: as many as log_likelihood takes here.
-DATA, SAMPLES = 128, 48
+DATA, SAMPLES = 128, 24
 COMPILED, EAGER = "pv.log_likelihood, compiled", "pv.log_likelihood, eager"
 HAND = "PyTorch by hand, vectorised"
 PRODUCTS = ("decoder's products alone, default", "decoder's products alone, oneDNN")

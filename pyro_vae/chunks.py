@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from pyro_vae.compiling import compile_graph
+from pyro_vae.memory import CPU_WORKING_SET
 from pyro_vae.pair import Pair
 from pyro_vae.products import through_onednn, with_faster_products
 from pyro_vae.program_state import swapped, unchanged
@@ -27,10 +28,9 @@ __all__ = ["Capture", "LogWeights", "check_capture", "recorded_chunks"]
 # Log-weights (k, b) of a chunk of b data and k draws.
 LogWeights: TypeAlias = Callable[[tuple[Tensor, ...], int], Tensor]
 Capture: TypeAlias = Literal["auto"] | bool
-# "auto" compiles for as many full chunks as hold this much, each counted with at most the 64 MiB of a CPU's chunk.
-# They take half a minute or more, compiling 5 to 15 s. No time is measured: a seeded estimate must repeat exactly.
-CHUNK_BYTES = 64 * 2**20
-BYTES_BEFORE_CAPTURE = 1000 * CHUNK_BYTES
+# "auto" compiles for as many full chunks as hold this much, each counted with at most a CPU's working set. They take
+# half a minute or more, compiling 5 to 15 s. No time is measured: a seeded estimate must repeat exactly.
+BYTES_BEFORE_CAPTURE = 2000 * CPU_WORKING_SET
 
 # Whether oneDNN's products were faster, by shapes and threads: timed once, so that an estimate repeats exactly.
 _FASTER: dict[Any, bool] = {}
@@ -75,7 +75,7 @@ def recorded_chunks(
         CaptureError: for ``capture=True`` where the program cannot be recorded; "auto" warns and is eager.
     """
     data, particles = sizes
-    work = (len(batch[0]) // data) * (num_particles // particles) * min(memory, CHUNK_BYTES)
+    work = (len(batch[0]) // data) * (num_particles // particles) * min(memory, CPU_WORKING_SET)
     if capture is False or (capture == "auto" and work < BYTES_BEFORE_CAPTURE):
         return log_weights
     chunk = tuple(tensor[:data] for tensor in batch)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Union
@@ -70,17 +73,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args=arguments,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     )
-    try:
-        _run(command)
-    except KeyboardInterrupt as interrupt:
-        console.print("\n".join(getattr(interrupt, "__notes__", ["interrupted"])), soft_wrap=True)
-        return 130
-    except (ValueError, OSError, LostProcessError) as error:
-        who = f" in process {rank}" if (rank := os.environ.get("RANK", "0")) != "0" else ""
-        text = f"[bold red]error{who}:[/] {escape(str(error))}"
-        Console(stderr=True).print(text, soft_wrap=True, highlight=False)
-        return 1 if isinstance(error, LostProcessError) else 2
+    with _terminable() as end:
+        try:
+            _run(command)
+        except KeyboardInterrupt as interrupt:
+            end()
+            console.print("\n".join(getattr(interrupt, "__notes__", ["interrupted"])), soft_wrap=True)
+            # Another signal may yet end the process before it does.
+            sys.stdout.flush()
+            return 130
+        except (ValueError, OSError, LostProcessError) as error:
+            end()
+            who = f" in process {rank}" if (rank := os.environ.get("RANK", "0")) != "0" else ""
+            text = f"[bold red]error{who}:[/] {escape(str(error))}"
+            Console(stderr=True).print(text, soft_wrap=True, highlight=False)
+            return 1 if isinstance(error, LostProcessError) else 2
     return 0
+
+
+@contextmanager
+def _terminable() -> Iterator[Callable[[], object]]:
+    """Let SIGTERM, which schedulers send, and torchrun when a process is lost, end a command as Ctrl-C does.
+
+    What is yielded makes a command deaf to it, so that one which ends already can say why.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield partial(signal.signal, signal.SIGTERM, signal.SIG_IGN)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run(command: Any) -> None:

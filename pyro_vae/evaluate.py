@@ -69,8 +69,9 @@ def log_likelihood(
         run_dir: folder that keeps finished chunks, each for this pair, its parameters, data, K, memory and seed alone;
             it needs a seed. None keeps no file.
         capture: whether full chunks replay a compiled recording of the pair's programs, with the same draws and, up to
-            rounding, the same numbers. "auto" compiles where a thousand chunks of 64 MiB or more are to come, and
+            rounding, the same numbers. "auto" compiles where 2000 chunks of 32 MiB or more are to come, and
             warns, once, of what it cannot record; True always compiles, and raises instead; False is Pyro's eager pass.
+            Which products are faster is timed once per process: between two of them numbers may differ by rounding.
 
     Returns:
         :class:`LogLikelihood`.

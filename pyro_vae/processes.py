@@ -153,7 +153,7 @@ def _communication() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # torch has no narrower kind for a peer that is gone
-        reason = str(error).split("\n")[0]
+        reason = str(error).split("\n")[0].split(". ")[0]
         raise LostProcessError(f"another process of this run has ended or cannot be reached ({reason})") from error
 
 

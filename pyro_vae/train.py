@@ -223,14 +223,20 @@ def _epochs(trainer: Trainer, steps: tuple[Step, Step], epochs: int, progress: b
                 bar.update(task, completed=trainer.epoch, description=f"epoch {trainer.epoch}: {shown:.3f} nats")
             trainer.flush()
         except KeyboardInterrupt as interrupt:
-            # A second one says that the user will not wait for the last epoch to be written.
-            with suppress(KeyboardInterrupt):
-                trainer.flush()
+            _flush(trainer)
             interrupt.add_note(trainer.how_to_resume())
             raise
         except LostProcessError as error:
-            trainer.flush()
+            _flush(trainer)
             raise LostProcessError(f"{error}; {trainer.how_to_resume()}") from error
         except Exception:
-            trainer.flush()
+            _flush(trainer)
             raise
+
+
+def _flush(trainer: Trainer) -> None:
+    # When a process is lost, torchrun ends the others, perhaps just now: an interrupt is met by a second attempt.
+    for _ in range(2):
+        with suppress(KeyboardInterrupt):
+            trainer.flush()
+            return

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -240,3 +242,21 @@ def test_an_interrupted_run_says_how_to_resume(
     assert pv.checkpoint.load_state(Path("run/checkpoint/state.pt"), "Interrupted")["epoch"] >= 0
     with pytest.raises(ValueError, match="holds a run of Interrupted"):
         fit(pair, few_digits.train, epochs=3, validation=0.1, run_dir="run", resume=True, progress=False)
+
+
+@pytest.mark.usefixtures("few_digits")
+def test_a_terminated_run_is_an_interrupted_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    epochs = iter(range(2))
+
+    def update(*_: object, **__: object) -> None:
+        if next(epochs, None) is None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("rich.progress.Progress.update", update)
+    assert main(["train", "vae", "--latent", "2", "--epochs", "100000", "--run-dir", "run"]) == 130
+    assert "run holds epoch 3: continue it by the same call" in " ".join(capsys.readouterr().out.split())
+    assert len(Path("run/metrics.jsonl").read_text().splitlines()) == 3
+    assert signal.getsignal(signal.SIGTERM) == before

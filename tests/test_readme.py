@@ -1,4 +1,4 @@
-"""README's tables are those of the kept results, and its library example runs as printed."""
+"""The documents' tables are those of the kept results, and README's library example runs as printed."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_tables_are_rendered_from_the_kept_results(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     render = runpy.run_path(str(ROOT / "benchmarks" / "render.py"))
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert all(f"<!-- table: {name} -->" in readme for name in render["TABLES"])
-    assert render["rendered"](readme) == readme
+    documents = [path.read_text(encoding="utf-8") for path in render["DOCUMENTS"]]
+    assert all(any(f"<!-- table: {name} -->" in document for document in documents) for name in render["TABLES"])
+    assert [render["rendered"](document) for document in documents] == documents
     assert render["results"]() == (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 
 
