@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from pyro_vae import svi
 from pyro_vae.compiling import compile_graph, keep_pages
 from pyro_vae.pair import Pair, device_of
 from pyro_vae.products import with_faster_products
@@ -81,7 +82,7 @@ def captured_step(
     True
     """
     options = _Options(num_particles, clip_norm, compiled, after, strict, tell)
-    if average is None and device_of(pair).type == "cpu":
+    if average is None and device_of(pair).type not in svi.READ_LATER:
         return _CapturedStep(pair, loss, optimizer, options)
     # Averages come between the pass and its norm; and on other devices reading loss and norm would wait for them.
     alone = _CapturedStep(pair, loss, optimizer, options._replace(whole=False))

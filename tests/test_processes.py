@@ -112,7 +112,7 @@ def test_the_command_line_prints_and_writes_once(folder: Path, found: list[dict[
     assert [own["commands"] for own in found] == [[0, 0, 2], [0, 0, 2]]
     printed = (folder / "printed.txt").read_text()
     assert printed.count("report:") == 2
-    assert printed.count("21 data, K = 2") == 1
+    assert printed.count("particles per datum, K         2") == 1
     assert "Warning" not in printed
     assert len((folder / "run" / "metrics.jsonl").read_text().splitlines()) == 1
     assert '"data": 21' in (folder / "run" / "log_likelihood.json").read_text()

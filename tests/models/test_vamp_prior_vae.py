@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import pyro_vae as pv
 from pyro_vae.conditionals import SMALLEST_GUIDE_SCALE
-from pyro_vae.evaluate import _peak_memory
 from pyro_vae.exact import condition_gaussian
+from pyro_vae.memory import _peak_memory
 from pyro_vae.models import VAE, VampPriorVAE, VampPriorVAEOptions
 from pyro_vae.networks import GatedMLP
 from pyro_vae.objectives import iwae
