@@ -48,7 +48,8 @@ def main(options: Options) -> None:
 
     options.out.mkdir(parents=True, exist_ok=True)
     for name, draw in FIGURES.items():
-        draw(pair, data, run.metrics).savefig(options.out / f"{name}.png", dpi=120)
+        if (figure := draw(pair, data, run.metrics)) is not None:
+            figure.savefig(options.out / f"{name}.png", dpi=120)
     print(f"figures in {options.out}")
     ll = pv.log_likelihood(pair, held_out, num_particles=options.num_particles)
     print(ll)
