@@ -14,7 +14,7 @@ from typing import Any
 import likelihood
 import reproductions
 
-from pyro_vae.checkpoint import write_text
+from pyro_vae.checkpoint import read_json, write_text
 from pyro_vae.report import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -118,6 +118,52 @@ def precision(record: dict[str, Any]) -> str:
     )
 
 
+def training_step(record: dict[str, Any]) -> str:
+    """Return a table of step times for each case, and of the memory of long runs."""
+    results, parts = record["results"], []
+    for case, rows in results["cases"].items():
+        header = ["step", "median ms", "quartiles", "captured, compiled ÷ it", "first step, s"]
+        cells = []
+        for name, row in sorted(rows.items(), key=lambda item: item[1].get("median_ms", 0.0)):
+            if "absent" in row:
+                cells.append([name, row["absent"], "", "", ""])
+                continue
+            low, high = row["quartiles_ms"]
+            ratio, first = f"{row['ours_over_it']:.2f}", str(row.get("first_step_seconds", ""))
+            cells.append([name, f"{row['median_ms']:.3f}", f"{low:.3f}–{high:.3f}", ratio, first])
+        parts.append(f"### {case}\n\n{markdown_table(header, cells)}")
+    if "long_run" in results:
+        header = ["784–400–20", "steps", "resident MiB", "growth", "peak MiB"]
+        cells = [
+            [
+                name,
+                " → ".join(map(str, row["steps"])),
+                " → ".join(map(str, row["resident_mib"])),
+                f"{100 * row['growth']:.2f} %",
+                str(row["peak_mib"]),
+            ]
+            for name, row in results["long_run"].items()
+        ]
+        parts.append(f"### Long runs\n\n{markdown_table(header, cells)}")
+    parts.append(f"Batches of {results['batch']}, {results['threads']} threads. {provenance(record)}")
+    return "\n\n".join(parts)
+
+
+def growth(record: dict[str, Any]) -> str:
+    """Return the table of step times by size, with slopes."""
+    header = ["axis", "median ms by size", "slope", "slope of the last two"]
+    rows = [
+        [
+            axis,
+            ", ".join(f"{size}: {value:.2f}" for size, value in row["median_ms"].items()),
+            f"{row['slope']:.2f}",
+            f"{row['last_slope']:.2f}",
+        ]
+        for axis, row in record["results"]["axes"].items()
+    ]
+    return f"{markdown_table(header, rows)}\n\n{provenance(record)}"
+
+
 def provenance(record: dict[str, Any]) -> str:
     """Return one sentence on where a record was made."""
     versions, machine = record["versions"], record["machine"]
@@ -128,6 +174,24 @@ def provenance(record: dict[str, Any]) -> str:
 
 
 TABLES = {"two_stage_mnist": two_stage_mnist, "four_loops": four_loops, "coverage": coverage, "precision": precision}
+# Results that are kept by kind of machine, shown in benchmarks/README.md.
+TIMINGS = {
+    "training_step": ("One training step", training_step),
+    "growth": ("Growth of a captured step's cost", growth),
+}
+
+
+def timings() -> str:
+    """Return a section for each kind of machine and benchmark whose results are kept."""
+    sections = []
+    for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
+        for name, (title, render) in TIMINGS.items():
+            path = folder / f"{name}.json"
+            if path.exists():
+                table = render(json.loads(path.read_text(encoding="utf-8")))
+                picture = f"![{title}](results/{folder.name}/{name}.png)"
+                sections.append(f"## {title}, {folder.name}\n\n{picture}\n\n{table}")
+    return "\n\n".join(sections) or "No timings are kept yet."
 
 
 def mean_and_spread(values: list[float]) -> str:
@@ -137,8 +201,8 @@ def mean_and_spread(values: list[float]) -> str:
 
 def rendered(text: str) -> str:
     """Return a document with every ``<!-- table: name -->`` block replaced by its table."""
-    for name, render in TABLES.items():
-        table = render(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")))
+    tables = {name: render(read_json(RESULTS / f"{name}.json")) for name, render in TABLES.items()}
+    for name, table in {**tables, "timings": timings()}.items():
         block = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
         text = re.sub(block, lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text, flags=re.DOTALL)
     return text

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 import pyro_vae as pv
 from pyro_vae.capture import captured_step
-from pyro_vae.models import OPTIONS, VAE, LinearGaussianMixtureVAE, LinearGaussianVAE, LinearTwoStageVAE
+from pyro_vae.models import (
+    OPTIONS,
+    VAE,
+    VGAE,
+    GaussianMixture,
+    LinearGaussianMixtureVAE,
+    LinearGaussianVAE,
+    LinearTwoStageVAE,
+)
 from pyro_vae.svi import eager_step
 
 IMAGE = (1, 4, 4)
@@ -54,11 +62,16 @@ CASES: dict[str, Callable[[], pv.Pair]] = option_cases() | {
     "linear-two-stage": lambda: LinearTwoStageVAE(4, 2, mixture(), 2),
     "vae-mixture": lambda: VAE((5,), mixture()),
     "vae-free": lambda: VAE((5,), pv.StandardNormal(2), posterior=pv.FreeGaussian(8, 2), decoder=nn.Linear(2, 5)),
+    "gaussian-mixture": lambda: GaussianMixture(mixture()),
+    "vgae": lambda: VGAE(4, pv.StandardNormal(2)),
 }
 
 
 def batches(pair: pv.Pair, sizes: tuple[int, ...] = (6, 6, 2)) -> list[tuple[Tensor, ...]]:
     x = [binary(size, *pair.x_shape, seed=i) for i, size in enumerate(sizes)]
+    if isinstance(pair, VGAE):
+        # Graphs: symmetric, without loops.
+        x = [upper + upper.mT for upper in (tensor.triu(1) for tensor in x)]
     free = any(isinstance(module, pv.FreeGaussian) for module in pair.modules())
     return [(tensor, torch.arange(len(tensor))) if free else (tensor,) for tensor in x]
 

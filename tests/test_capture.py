@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 from typing import Any
 
@@ -14,9 +15,9 @@ from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, T
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae.capture import captured_step
+from pyro_vae.capture import captured_backward, captured_step
 from pyro_vae.objectives import elbo, iwae
-from pyro_vae.svi import eager_step
+from pyro_vae.svi import NonFiniteLossError, eager_backward, eager_step
 
 from .capture_cases import (
     CASES,
@@ -246,3 +247,51 @@ class Lazy(nn.Linear):
 
 def test_a_first_batch_may_set_the_layer() -> None:
     assert_captured_is_eager(small_vae(encoder=Lazy()), Trace_ELBO())
+
+
+# What a step leaves
+
+
+def test_the_pass_alone_leaves_the_gradient_of_the_sum() -> None:
+    pair, x = small_vae(), binary(6, 5)
+    optimizer = torch.optim.SGD(pair.parameters(), lr=0.1)
+    results = []
+    for backward in (captured_backward(pair, elbo, optimizer), eager_backward(pair, elbo)):
+        pair.zero_grad()
+        torch.manual_seed(0)
+        total = float(backward(x, beta=0.5))
+        results.append((total, [p.grad for p in pair.parameters()]))
+    (ours, gradients), (theirs, expected) = results
+    assert ours == theirs
+    assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True) if a is not None and b is not None)
+    assert [g is None for g in gradients] == [g is None for g in expected]
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing() -> None:
+    class Root(nn.Linear):
+        # The square root of zero is finite, its slope is not.
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + (0 * self.weight.sum()).sqrt()
+
+    pair = small_vae(encoder=Root(5, 4))
+    step = captured_step(pair, Trace_ELBO(), torch.optim.SGD(pair.parameters(), lr=0.1))
+    before = copy.deepcopy(pair.state_dict())
+    with pytest.raises(NonFiniteLossError, match=r"the loss is \d+\.\d+, the norm of its gradient nan"):
+        step(binary(6, 5))
+    assert all(torch.equal(before[name], value) for name, value in pair.state_dict().items())
+
+
+def test_later_steps_hold_no_more_tensors() -> None:
+    pair, x = small_vae(), binary(6, 5)
+    step = captured_step(pair, Trace_ELBO(), torch.optim.Adam(pair.parameters()))
+
+    def held(steps: int) -> int:
+        for i in range(steps):
+            step(x, beta=1 / (i + 1))
+        gc.collect()
+        return sum(type(thing) in (Tensor, nn.Parameter) for thing in gc.get_objects())
+
+    # The first steps record with and without β and make the optimiser's state.
+    held(3)
+    assert held(1) == held(100)
+    assert all(p.grad is None for p in pair.parameters())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import random
+import re
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -232,8 +233,12 @@ def test_fit_refuses_contradictions() -> None:
 def test_compiled_is_eager_up_to_rounding(name: str) -> None:
     pair = CASES[name]()
     data = batches(pair)
-    theirs = run(eager_step, pair, Trace_ELBO(), data)
-    assert_same(run(captured_step, pair, Trace_ELBO(), data, compiled=True), theirs)
+    theirs, lines = run(eager_step, pair, Trace_ELBO(), data), list[str]()
+    assert_same(run(captured_step, pair, Trace_ELBO(), data, compiled=True, tell=lines.append), theirs)
+    assert [re.sub(r"\d+", "n", line).removesuffix(", from the cache on disk") for line in lines] == [
+        "compiling a recorded step of n operations",
+        "compiled in n.n s",
+    ]
 
 
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
