@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -61,7 +61,7 @@ def captured_step(
         optimizer: over the pair's parameters.
         num_particles: draws per datum for an objective; a Pyro ELBO holds its own.
         clip_norm: largest global norm of the gradient.
-        compiled: whether to compile recordings of the first batch's shape, with their matrix products through oneDNN
+        compiled: whether to compile recordings of the largest batches, with their matrix products through oneDNN
             where that was timed to be faster; the numbers are then equal up to rounding. Recordings of other shapes,
             such as a short last batch, are replayed as they are.
         after: steps of a kind, a shape and so on, that are taken eagerly before that kind is recorded.
@@ -170,10 +170,12 @@ class _CapturedStep:
         self.beta = torch.ones((), dtype=like.dtype, device=like.device)
         # Read at every step, so that a buffer assigned anew between two steps is seen.
         self.buffers = [(m._buffers, n) for m in pair.modules() for n, b in m._buffers.items() if b is not None]
-        self.watched: list[tuple[Callable[[Any], Any], dict[str, Any], list[str]]] | None = None
+        self.watched: list[tuple[Callable[[Any], Any], Mapping[str, Any], list[str]]] | None = None
         self.recordings: dict[Any, _Recording] = {}
         self.seen: Counter[Any] = Counter()
-        self.first_shape: Any = None
+        self.sizes: list[int] = []
+        # The largest batch compiled so far: a short one may come first.
+        self.largest = 0
         self.compiled = options.compiled
         self.gave_up = False
         self.lazy = True
@@ -248,7 +250,7 @@ class _CapturedStep:
             raise CaptureError(f"{self._what_changes()}: each change needs a recording of its own")
         if self.seen[key] <= self.options.after:
             return None
-        compiled = self.compiled and shape == (self.first_shape or shape)
+        compiled = self.compiled and len(batch[0]) >= self.largest
         keep_pages()
         with unchanged(self.pair, self.loss) as changed:
             recording = self._record(batch, uses_beta=beta != 1.0, exact=not compiled or not self.options.whole)
@@ -260,8 +262,8 @@ class _CapturedStep:
             # Layers that initialise themselves from their first batch, and ELBOs that count their plates, do it now.
             self.lazy, self.watched = False, None
             return None
-        self.first_shape = self.first_shape or shape
         if compiled:
+            self.largest = len(batch[0])
             inputs = self._inputs(batch, uses_beta=beta != 1.0)
             assert isinstance(recording.run, GraphModule)
             graph = with_faster_products(recording.run, inputs)
@@ -274,13 +276,16 @@ class _CapturedStep:
 
     def _state(self) -> tuple[Any, ...]:
         """Return the numbers, flags and names that the program may read."""
-        if self.watched is None:
+        # A name that comes new may hide a class's default, one that goes may uncover it.
+        if self.watched is None or self.sizes != [len(held) for _, held, _ in self.watched]:
             self.watched = plain_attributes(self.pair, self.loss)
+            self.sizes = [len(held) for _, held, _ in self.watched]
         try:
             return tuple([get(held) for get, held, _ in self.watched])
         except KeyError:
-            # An attribute was deleted.
-            return tuple(tuple(held.get(name) for name in names) for _, held, names in self.watched)
+            # One name came while another went.
+            self.watched = None
+            return self._state()
 
     def _inputs(self, batch: tuple[Tensor, ...], *, uses_beta: bool) -> list[Tensor]:
         state: list[Any] = [*self.parameters, *(held[name] for held, name in self.buffers)]

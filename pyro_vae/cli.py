@@ -144,6 +144,8 @@ def _train(name: str, options: Any, training: Training) -> tuple[Path, Pair, Dat
     validation = data.validation if data.validation is not None else training.validation or None
     train, _ = split((data.train,), validation, training.seed)
     loss, num_particles = training.make_loss(options, pair, len(train[0]))
+    record = folder / "metrics.jsonl"
+    begun = len(record.read_text(encoding="utf-8").splitlines()) if training.resume and record.exists() else 0
     run = fit(
         pair,
         data.train,
@@ -171,8 +173,9 @@ def _train(name: str, options: Any, training: Training) -> tuple[Path, Pair, Dat
         return folder, pair, data
     # What was trained in double precision is reported in the data's own.
     pair.to("cpu", data.train.dtype)
-    # An earlier evaluation was of other parameters.
-    forget_likelihood(folder)
+    if len(run.metrics) > begun:
+        # An earlier evaluation was of other parameters.
+        forget_likelihood(folder)
     write_loss_terms(folder, pair, data)
     write_collapse(folder, pair, data)
     write_figures(folder, pair, data, run.metrics)

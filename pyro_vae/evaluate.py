@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -213,19 +214,19 @@ def _summaries(
     data, particles = chunk_sizes(lambda chunk, size: weigh(chunk, [size]), batch, num_particles, settings.memory)
     sizes = [min(particles, num_particles - start) for start in range(0, num_particles, particles)]
     kept = _kept(pair, batch, log_weights, settings, (data, particles))
-    log_weights = recorded_chunks(
-        *(pair, log_weights, batch, (data, particles)),
-        num_particles=num_particles,
-        memory=settings.memory,
-        capture=settings.capture,
-    )
+    recorded = partial(recorded_chunks, num_particles=num_particles, memory=settings.memory, capture=settings.capture)
     parts: list[WeightSummary] = []
+    computed = 0
     try:
         with progress_bar(settings.progress, "log-likelihood", count) as update:
             for start in range(0, count, data):
                 rows = range(start, min(start + data, count))
                 summary = kept.read(rows) if kept is not None else None
                 if summary is None:
+                    if not computed:
+                        # Not before a chunk is missing: recording and compiling take seconds.
+                        log_weights = recorded(pair, log_weights, batch, (data, particles))
+                    computed += 1
                     chunk = tuple(tensor[rows.start : rows.stop] for tensor in batch)
                     # A chunk's draws depend on nothing that came before it.
                     drawing = derived_seed(seed, "log-likelihood", start)
@@ -240,7 +241,7 @@ def _summaries(
                 update(rows.stop)
     except KeyboardInterrupt as interrupt:
         done = min(len(parts) * data, count)
-        how = f"; {kept.folder} keeps them: the same call goes on from there" if kept is not None else ""
+        how = f"; {kept.folder} keeps them: the same call goes on from there" if kept is not None and done else ""
         interrupt.add_note(f"interrupted with {done} of {count} data evaluated{how}")
         raise
     return parts
@@ -254,7 +255,7 @@ def _kept(
     with own_random_state(0, device_of(pair)):
         probe = log_weights(tuple(tensor[:2] for tensor in batch), 2)
     kind = "naive" if settings.naive else "importance"
-    numbers = (kind, settings.num_particles, str(settings.seed), *chunk, device_of(pair).type)
+    numbers = (kind, settings.num_particles, str(settings.seed), str(settings.capture), *chunk, device_of(pair).type)
     return KeptChunks(Path(settings.run_dir), evaluation_key(pair, batch, probe, numbers), settings.num_particles)
 
 

@@ -60,16 +60,16 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def loss(pair: Pair, data: DataSet, metrics: list[dict[str, Any]]) -> Figure | None:
-    """Draw −ELBO and its terms over epochs."""
+    """Draw the loss, −ELBO of validation data and its terms over epochs."""
     if not metrics:
         return None
     epochs = [record["epoch"] for record in metrics]
     figure = Figure(figsize=(8.4, 3.4), layout="constrained")
     axes = figure.subplots(1, 2)
-    axes[0].plot(epochs, [r["loss"] for r in metrics], label="training")
+    axes[0].plot(epochs, [r["loss"] for r in metrics], label="training loss")
     if metrics[-1]["validation_loss"] is not None:
-        axes[0].plot(epochs, [r["validation_loss"] for r in metrics], label="validation")
-    axes[0].set_ylabel("−ELBO (nats per datum)")
+        axes[0].plot(epochs, [r["validation_loss"] for r in metrics], label="validation −ELBO")
+    axes[0].set_ylabel("nats per datum")
     for name in metrics[-1]["terms"]:
         axes[1].plot(epochs, [r["terms"][name] for r in metrics], label=name)
     axes[1].set_ylabel("share of −ELBO by site (nats)")

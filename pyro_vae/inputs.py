@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -123,10 +124,10 @@ def check_settings(
     Raises:
         ValueError: naming the setting and its limits.
     """
-    if not beta >= 0 or warmup < 0:
-        raise ValueError(f"beta is {beta}, warmup {warmup}; neither may be negative")
-    if not lr > 0:
-        raise ValueError(f"lr is {lr}; it must be positive")
+    if not 0 <= beta < math.inf or warmup < 0:
+        raise ValueError(f"beta is {beta}, warmup {warmup}; both must be finite, and neither may be negative")
+    if not 0 < lr < math.inf:
+        raise ValueError(f"lr is {lr}; it must be positive and finite")
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"clip_norm is {clip_norm}; it must be positive, or None for no clipping")
     if patience is not None and patience < 1:

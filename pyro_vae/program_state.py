@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from operator import itemgetter
 from types import CellType
@@ -17,6 +17,9 @@ from pyro_vae.svi import Loss
 
 __all__ = ["name_of", "plain_attributes", "swapped", "unchanged"]
 
+# Whose classes' attributes stay as they are.
+LIBRARIES = ("abc", "builtins", "pyro", "pyro_vae", "torch", "torchvision", "typing")
+
 
 def name_of(loss: Loss) -> str:
     """Return what a loss is called."""
@@ -30,10 +33,16 @@ def _owners(pair: Pair, loss: Loss) -> Iterator[tuple[str, dict[str, Any]]]:
         yield name_of(loss), vars(loss)
 
 
-def plain_attributes(pair: Pair, loss: Loss) -> list[tuple[Callable[[Any], Any], dict[str, Any], list[str]]]:
+def _classes(pair: Pair) -> list[type]:
+    """Return the users' own classes among those of a pair's modules, whose attributes a program may read."""
+    found = {cls for module in pair.modules() for cls in type(module).__mro__}
+    return [cls for cls in found if cls.__module__.split(".")[0] not in LIBRARIES]
+
+
+def plain_attributes(pair: Pair, loss: Loss) -> list[tuple[Callable[[Any], Any], Mapping[str, Any], list[str]]]:
     """Return where the numbers, flags and names are that a program may have read, and what reads them together."""
-    found: list[tuple[Callable[[Any], Any], dict[str, Any], list[str]]] = []
-    for _, held in _owners(pair, loss):
+    found: list[tuple[Callable[[Any], Any], Mapping[str, Any], list[str]]] = []
+    for held in (*(held for _, held in _owners(pair, loss)), *map(vars, _classes(pair))):
         if names := [name for name, value in held.items() if _is_plain(value)]:
             # Given one name, itemgetter returns no tuple.
             found.append((itemgetter(*names, names[0]), held, [*names, names[0]]))
@@ -52,6 +61,7 @@ def unchanged(pair: Pair, loss: Loss) -> Iterator[list[str]]:
     functions = [f for f in (type(pair).model, type(pair).guide, loss) if hasattr(f, "__globals__")]
     modules = {id(f.__globals__): (f"module {f.__module__}", f.__globals__) for f in functions}
     before = [(owner, held, dict(held)) for owner, held in (*_owners(pair, loss), *modules.values())]
+    of_classes = [(cls, dict(vars(cls))) for cls in _classes(pair)]
     cells = [(cell, cell.cell_contents) for f in functions for cell in f.__closure__ or () if cell != CellType()]
     changed: list[str] = []
     try:
@@ -65,6 +75,11 @@ def unchanged(pair: Pair, loss: Loss) -> Iterator[list[str]]:
                 held[name] = old.get(name)
                 if name not in old:
                     del held[name]
+        for cls, old in of_classes:
+            held = vars(cls)
+            for name in [n for n in old.keys() | held.keys() if _differ(held.get(n, cells), old.get(n, cells))]:
+                changed.append(f"'{name}' of class {cls.__name__}")
+                setattr(cls, name, old[name]) if name in old else delattr(cls, name)
         for cell, value in cells:
             if _differ(cell.cell_contents, value):
                 changed.append(f"a variable outside {name_of(loss)}")

@@ -190,7 +190,7 @@ def _summary(folder: Path, config: dict[str, Any]) -> str:
     last = json.loads(lines[-1])
     seconds = sum(json.loads(line)["seconds"] for line in lines)
     text = f"{len(lines)} epochs in {seconds:.1f} s, β = {config['fit']['beta']}; "
-    text += f"training −ELBO {last['loss']:.3f} nats per datum"
+    text += f"training loss ({config['fit']['loss']}) {last['loss']:.3f} nats per datum"
     if last["validation_loss"] is not None:
         text += f", validation −ELBO {last['validation_loss']:.3f}"
     if config["fit"].get("patience") is not None:

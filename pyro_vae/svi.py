@@ -199,7 +199,7 @@ def check_loss(pair: Pair, loss: Loss, batch: tuple[Tensor, ...], *, num_particl
             beside a loss without a divergence to weigh, closed divergences where their conditions fail, and an
             objective whose gradient through the guide's draws does not exist.
     """
-    name = type(loss).__name__
+    name = getattr(loss, "__name__", type(loss).__name__)
     if name.startswith("Jit") or isinstance(loss, ReweightedWakeSleep):
         raise ValueError(f"{name} looks parameters up in Pyro's store or has two losses: use it in a loop of your own")
     if isinstance(loss, ELBO) and num_particles != 1:

@@ -197,7 +197,7 @@ def _steps(
     average: Average | None,
     tell: Callable[[str], object] | None,
 ) -> tuple[Step, Step]:
-    """Return the step of an epoch's first batch, which Pyro validates and so is eager, and that of the others."""
+    """Return the step of a run's first batch, which Pyro validates and so is eager, and that of the others."""
     if capture not in ("auto", True, False):
         raise ValueError(f"capture is {capture!r}; it must be 'auto', True or False")
     if settings.compiled and capture is False:

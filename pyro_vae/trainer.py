@@ -84,6 +84,7 @@ class Trainer:
         self.folder: Path | None = None
         self.unsaved: dict[str, Any] | None = None
         self.next_save = 0.0
+        self.validated = False
 
     def run_epoch(self, first: Step, step: Step) -> dict[str, Any]:
         """Take one pass over the data in an order drawn from (seed, epoch), then record and keep it."""
@@ -104,7 +105,8 @@ class Trainer:
             for i, batch in enumerate(self.train(shares)):
                 beta = self._beta(self.epoch + i / len(parts))
                 advance(self.pair, self.epoch + i / len(parts))
-                losses.append(self._guarded(step if i else first, batch, beta, i == 0))
+                losses.append(self._guarded(step if self.validated else first, batch, beta))
+                self.validated = True
                 if i + 1 == len(parts) or i + 1 - read >= STEPS_BETWEEN_READINGS:
                     losses[read:] = self._read(losses[read:], shares[read:])
                     read = i + 1
@@ -129,10 +131,10 @@ class Trainer:
         warmup = self.settings.warmup
         return self.settings.beta * (min(1.0, epochs_done / warmup) if warmup else 1.0)
 
-    def _guarded(self, step: Step, batch: tuple[Tensor, ...], beta: float, validate: bool) -> float | Tensor:
-        """Take a step; Pyro validates an epoch's first batch only, since the data as a whole were checked before."""
+    def _guarded(self, step: Step, batch: tuple[Tensor, ...], beta: float) -> float | Tensor:
+        """Take a step; Pyro validates the first one only, since the data as a whole were checked before."""
         try:
-            validate = validate and pyro.infer.util.is_validation_enabled()
+            validate = not self.validated and pyro.infer.util.is_validation_enabled()
             with pyro.validation_enabled(validate), warnings.catch_warnings():
                 # Pyro warns of a NaN that is an error here, with the site named.
                 warnings.filterwarnings("ignore", "Encountered NaN")
@@ -233,6 +235,10 @@ class Trainer:
             before = read_json(folder / "config.json")
             self._check_same(before, own, config)
             state = load_state(folder / "checkpoint" / "state.pt", name)
+            if config["epochs"] < state["epoch"]:
+                raise ValueError(
+                    f"{folder} holds a run of {state['epoch']} epochs: ask for as many at least (--epochs)"
+                )
             restore(self.pair, state["pair"], folder)
         elif (folder / "config.json").exists():
             raise ValueError(f"{folder} already holds a run: choose another folder, or continue it (resume, --resume)")
@@ -248,7 +254,8 @@ class Trainer:
     def _check_same(self, config: dict[str, Any], own: dict[str, Any], given: dict[str, Any]) -> None:
         # Through JSON and back, as what was kept has gone.
         own, given = json.loads(json.dumps(own)), json.loads(json.dumps(given))
-        changed = [k for k, value in own["fit"].items() if config.get("fit", {}).get(k) != value]
+        held = config.get("fit", {})
+        changed = [f"{k} ({held.get(k)}, now {value})" for k, value in own["fit"].items() if held.get(k) != value]
         changed += [k for k, value in given.items() if k != "epochs" and config.get(k, value) != value]
         if config.get("pair") != own["pair"]:
             raise ValueError(f"{self.folder} holds a run of {config.get('pair')}, not of {own['pair']}")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
 
 from pyro_vae.objectives import iwae
 from pyro_vae.pair import Pair
@@ -68,7 +68,13 @@ class Training:
         """Return the loss over so many data, and the draws per datum that are not its own to make."""
         count = self.num_particles
         if self.loss == "default" and hasattr(options, "loss"):
-            return options.loss(pair, num_data), count
+            loss = options.loss(pair, num_data)
+            if count != 1 and isinstance(loss, ELBO):
+                raise ValueError(
+                    f"num_particles is {count}, but the model's own loss, {type(loss).__name__}, has its own number of "
+                    "draws: leave --num-particles out, or choose --loss elbo"
+                )
+            return loss, count
         if self.loss == "iwae" or count < 1:
             return iwae, count
         kind = TraceMeanField_ELBO if self.loss == "mean-field" else Trace_ELBO

@@ -260,3 +260,47 @@ def test_without_a_compiler_it_replays_as_it_is(monkeypatch: pytest.MonkeyPatch)
         ours = run(captured_step, pair, Trace_ELBO(), batches(pair), betas=(0.5, 1.0), compiled=True)
     assert len(seen) == 1
     assert_same(ours, run(eager_step, pair, Trace_ELBO(), batches(pair), betas=(0.5, 1.0)))
+
+
+class Weighted(nn.Linear):
+    weight_of_all = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight_of_all * super().forward(x)
+
+
+class Counting(nn.Linear):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        type(self).calls += 1
+        return super().forward(x)
+
+
+def test_a_classs_default_and_what_hides_it_are_read_at_each_step() -> None:
+    losses = []
+    for make in (eager_step, captured_step):
+        torch.manual_seed(0)
+        pair = small_vae(decoder=Weighted(2, 10))
+        step = make(pair, elbo, torch.optim.SGD(pair.parameters(), lr=0.0))
+        decoder: Any = pair.p_x.network
+        x, found = binary(6, 5), []
+        for i in range(9):
+            torch.manual_seed(1)
+            if i in (3, 5):
+                decoder.weight_of_all = float(i)
+            elif i == 7:
+                del decoder.weight_of_all
+            found.append(float(step(x)))
+        losses.append(found)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-12)
+    assert len({round(loss, 6) for loss in losses[0]}) == 3
+
+
+def test_a_program_that_sets_its_classs_attributes_is_refused() -> None:
+    pair = small_vae(decoder=Counting(2, 10))
+    step = captured_step(pair, elbo, torch.optim.SGD(pair.parameters(), lr=0.1))
+    # The first time it may be a layer that initialises itself.
+    step(binary(6, 5))
+    with pytest.raises(CaptureError, match="'calls' of class Counting"):
+        step(binary(6, 5))

@@ -260,3 +260,15 @@ def test_a_terminated_run_is_an_interrupted_one(
     assert "run holds epoch 3: continue it by the same call" in " ".join(capsys.readouterr().out.split())
     assert len(Path("run/metrics.jsonl").read_text().splitlines()) == 3
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_continuing_a_finished_run_keeps_its_evaluation(few_digits: DataSet) -> None:
+    main(["train", "vae", *SMALL, "--run-dir", "run"])
+    main(["evaluate", "run", "--num-particles", "3"])
+    assert main(["train", "vae", *SMALL, "--run-dir", "run", "--resume"]) == 0
+    assert Path("run/log_likelihood.json").exists()
+
+
+def test_a_models_own_loss_has_its_own_draws(few_digits: DataSet, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "categorical-vae", *SMALL, "--num-particles", "2", "--run-dir", "run"]) == 2
+    assert "leave --num-particles out" in " ".join(capsys.readouterr().err.split())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -14,6 +15,7 @@ from pyro.infer import Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 
 import pyro_vae as pv
+from pyro_vae.capture import CaptureError
 from pyro_vae.models import VAE, LinearGaussianMixtureVAE, LinearGaussianVAE
 from pyro_vae.objectives import elbo, iwae
 from pyro_vae.pair import LogTerms
@@ -299,3 +301,26 @@ def test_a_discrete_guide_needs_a_pyro_loss() -> None:
     assert same(before, state(pair))
     fit(pair, data(), loss=TraceGraph_ELBO())
     assert not same(before, state(pair))
+
+
+def test_a_run_of_one_batch_per_epoch_is_recorded_too() -> None:
+    class Deciding(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if float(x.detach().sum()) > -1e9 else x
+
+    pair = pv.models.VAE((3,), pv.StandardNormal(1), encoder=Deciding(3, 2), decoder=nn.Linear(1, 3))
+    with pytest.raises(CaptureError):
+        pv.fit(pair, torch.zeros(8, 3), epochs=3, batch_size=8, capture=True, progress=False)
+
+
+def test_a_run_is_not_continued_to_fewer_epochs(tmp_path: Path) -> None:
+    pair, x = pv.models.LinearGaussianVAE(3, 1), torch.zeros(8, 3)
+    pv.fit(pair, x, epochs=2, batch_size=8, run_dir=tmp_path, progress=False)
+    with pytest.raises(ValueError, match="a run of 2 epochs: ask"):
+        pv.fit(pair, x, epochs=1, batch_size=8, run_dir=tmp_path, resume=True, progress=False)
+
+
+@pytest.mark.parametrize("setting", [{"lr": float("inf")}, {"beta": float("inf")}, {"beta": float("nan")}])
+def test_settings_are_finite(setting: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="finite"):
+        pv.fit(pv.models.LinearGaussianVAE(3, 1), torch.zeros(8, 3), batch_size=8, progress=False, **setting)
