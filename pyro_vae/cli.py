@@ -140,9 +140,10 @@ def _train(name: str, options: Any, training: Training) -> tuple[Path, Pair, Dat
     data = _load_data(training.data, training.data_root)
     folder = training.run_dir or Path("runs") / f"{name}-{training.data}"
     torch.manual_seed(training.seed)
-    pair = options.build(data)
     validation = data.validation if data.validation is not None else training.validation or None
     train, _ = split((data.train,), validation, training.seed)
+    # What a model takes from the data at its start is not to come from those that are held out.
+    pair = options.build(data._replace(train=train[0]))
     loss, num_particles = training.make_loss(options, pair, len(train[0]))
     record = folder / "metrics.jsonl"
     begun = len(record.read_text(encoding="utf-8").splitlines()) if training.resume and record.exists() else 0

@@ -15,10 +15,10 @@ __all__ = ["BitFlip", "GaussianNoise"]
 
 
 class BitFlip(nn.Module):
-    """Flip every bit with a probability: salt-and-pepper noise of twice that density.
+    """Flip every bit with a probability: salt-and-pepper noise of twice that density. Grays are first drawn as bits.
 
     Args:
-        probability: from 0, which changes nothing, to 1; 0.5 leaves nothing of x.
+        probability: from 0, which changes no bit, to 1; 0.5 leaves nothing of x.
 
     Raises:
         ValueError: for a number outside [0, 1].

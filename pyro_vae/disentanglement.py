@@ -6,14 +6,14 @@ another estimator do not compare.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyro_vae.checks import check_batch
 from pyro_vae.memory import CHUNK
-from pyro_vae.pair import Pair, evaluation, sample_sites, to_pair, trace_pair
+from pyro_vae.pair import Pair, bare, evaluation, sample_sites, to_pair, trace_pair
 
 __all__ = ["MutualInformationGap", "beta_vae_metric", "latent_means", "mutual_information_gap"]
 
@@ -40,7 +40,7 @@ def latent_means(pair: Pair, *batch: Tensor, site: str = "z") -> Tensor:
         (N, L).
 
     Raises:
-        ValueError: for bad data, and a site that the guide lacks.
+        ValueError: for bad data, and a site that the guide lacks, that is no vector, or whose mean has no closed form.
 
     >>> import pyro_vae as pv
     >>> latent_means(pv.models.VAE((4,), pv.StandardNormal(3)), torch.randn(8, 4)).shape
@@ -53,8 +53,21 @@ def latent_means(pair: Pair, *batch: Tensor, site: str = "z") -> Tensor:
             sites = sample_sites(trace_pair(pair, *(tensor[rows] for tensor in batch))[0])
             if site not in sites:
                 raise ValueError(f"the guide has no site '{site}'; it has {sorted(sites)}")
-            means.append(sites[site]["fn"].mean.flatten(0, -2))
+            means.append(_mean(sites[site]).flatten(0, -2))
     return torch.cat(means).clone()
+
+
+def _mean(site: Any) -> Tensor:
+    name, q = site["name"], site["fn"]
+    if q.event_dim != 1:
+        raise ValueError(f"the guide's site '{name}' is no vector but has events of shape {tuple(q.event_shape)}")
+    try:
+        return q.mean
+    except NotImplementedError as error:
+        raise ValueError(
+            f"the guide's site '{name}' ({type(bare(q)).__name__}) has no mean in closed form: average "
+            f"pv.posterior(pair, x).latents['{name}'] over its draws"
+        ) from error
 
 
 def mutual_information_gap(codes: Tensor, factors: Tensor, bins: int = 20) -> MutualInformationGap:

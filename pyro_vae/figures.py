@@ -84,7 +84,9 @@ def scales(pair: Pair, data: DataSet, metrics: list[dict[str, Any]]) -> Figure |
     """Draw γ over epochs, and for the noise of data sites the β it amounts to; None for a pair without a scale."""
     if not metrics or not metrics[-1]["monitor"]:
         return None
-    epochs, noise = [record["epoch"] for record in metrics], noise_modules(pair, data.test[:2])
+    epochs = [record["epoch"] for record in metrics]
+    # Where the loss weighs divergences in another way than by fit's β, noise amounts to no β.
+    noise = {} if metrics[-1]["beta"] is None else noise_modules(pair, data.test[:2])
     figure = Figure(figsize=(8.4 if noise else 4.4, 3.4), layout="constrained")
     axes = figure.subplots(1, 2 if noise else 1, squeeze=False)[0]
     for name in metrics[-1]["monitor"]:

@@ -192,6 +192,8 @@ def free_bits(floor: float) -> Objective:
         raise ValueError(f"floor is {floor}; free bits must be finite and at least 0")
 
     def objective(terms: LogTerms) -> Tensor:
+        if not terms.latents and bool((terms.log_guide != terms.log_prior).any()):
+            raise ValueError("free bits need the divergence of each site: take the terms from pv.log_terms")
         value = terms.log_lik.mean(0)
         for site in terms.latents.values():
             divergence = (site.log_guide - site.log_model).mean(0)

@@ -24,7 +24,7 @@ from pyro_vae.randomness import own_random_state
 
 __all__ = ["loss_terms", "markdown_table", "record_likelihood", "write_figures", "write_loss_terms", "write_report"]
 
-# A standard error from 50 repetitions is itself known to a tenth.
+# A standard error from 20 repetitions is itself known to a sixth.
 REPETITIONS = 20
 # Numbers in the data whose loss is taken apart, such as 512 images of 64 pixels: a report is to cost seconds.
 VALUES = 2**15
@@ -189,7 +189,8 @@ def _summary(folder: Path, config: dict[str, Any]) -> str:
         return "No epoch has been completed."
     last = json.loads(lines[-1])
     seconds = sum(json.loads(line)["seconds"] for line in lines)
-    text = f"{len(lines)} epochs in {seconds:.1f} s, β = {config['fit']['beta']}; "
+    weight = "" if last["beta"] is None else f", β = {last['beta']:g}"
+    text = f"{len(lines)} epochs in {seconds:.1f} s{weight}; "
     text += f"training loss ({config['fit']['loss']}) {last['loss']:.3f} nats per datum"
     if last["validation_loss"] is not None:
         text += f", validation −ELBO {last['validation_loss']:.3f}"
@@ -236,11 +237,13 @@ def _noise_over_time(modules: dict[str, str], metrics: list[dict[str, Any]]) -> 
     for site, module in modules.items() if metrics else ():
         (first, begun), *_, (last, ended) = [(r["epoch"], r) for r in (metrics[0], metrics[-1])]
         scales = [record["monitor"][module] for record in (begun, ended)]
-        betas = [record["beta"] * scale**2 for record, scale in zip((begun, ended), scales, strict=True)]
-        lines.append(
-            f"{site}: γ was {scales[0]:.4g} after epoch {first} and {scales[1]:.4g} after epoch {last}; training's β "
-            f"times γ², the β of unit noise that it amounts to, {betas[0]:.3g} and {betas[1]:.3g}."
-        )
+        line = f"{site}: γ was {scales[0]:.4g} after epoch {first} and {scales[1]:.4g} after epoch {last}"
+        if ended["beta"] is not None:
+            betas = [record["beta"] * scale**2 for record, scale in zip((begun, ended), scales, strict=True)]
+            line += (
+                f"; training's β times γ², the β of unit noise that it amounts to, {betas[0]:.3g} and {betas[1]:.3g}"
+            )
+        lines.append(f"{line}.")
     return lines
 
 

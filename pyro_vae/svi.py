@@ -28,6 +28,8 @@ from pyro_vae.randomness import own_random_state
 __all__ = ["Loss", "NonFiniteLossError", "Step", "eager_step", "scaled_latents"]
 
 Loss: TypeAlias = ELBO | Objective
+# The losses that have a divergence for β to weigh.
+WEIGHED = (Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO)
 
 
 class NonFiniteLossError(ValueError):
@@ -204,7 +206,7 @@ def check_loss(pair: Pair, loss: Loss, batch: tuple[Tensor, ...], *, num_particl
         raise ValueError(f"{name} looks parameters up in Pyro's store or has two losses: use it in a loop of your own")
     if isinstance(loss, ELBO) and num_particles != 1:
         raise ValueError(f"num_particles is {num_particles}; a Pyro ELBO holds its own: {name}(…)")
-    if uses_beta and not isinstance(loss, (Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO)):
+    if uses_beta and not isinstance(loss, WEIGHED):
         raise ValueError(
             f"beta weighs the divergence of Pyro's ELBOs; {name} has no such term: leave beta at 1, or use the "
             "objective beta_elbo(beta)"
@@ -214,6 +216,7 @@ def check_loss(pair: Pair, loss: Loss, batch: tuple[Tensor, ...], *, num_particl
         guide, model = trace_pair(pair, *to_pair(pair, tuple(tensor[:2] for tensor in batch)))
     if isinstance(loss, TraceMeanField_ELBO):
         _check_order(list(sample_sites(guide)), [n for n, s in sample_sites(model).items() if not s["is_observed"]])
+        _check_reparameterised(sample_sites(guide))
     if isinstance(loss, PairLoss):
         loss.check(pair, batch)
     if not isinstance(loss, ELBO):
@@ -239,7 +242,7 @@ def _check_reparameterised(sites: dict[str, Any]) -> None:
     for name, site in sites.items():
         if not site["fn"].has_rsample:
             raise ValueError(
-                f"the guide's site '{name}' ({type(bare(site['fn'])).__name__}) has no rsample, so that an objective's "
+                f"the guide's site '{name}' ({type(bare(site['fn'])).__name__}) has no rsample, so that this loss's "
                 "gradient would leave out how its draws depend on the parameters: train with Pyro's Trace_ELBO, "
                 "TraceGraph_ELBO (lower variance) or TraceEnum_ELBO (sums over it)"
             )

@@ -18,11 +18,12 @@ from pyro_vae.capture import captured_step
 from pyro_vae.checks import check_batch
 from pyro_vae.inputs import Data, as_batch, check_data, check_settings, fingerprint, resolve_device, split
 from pyro_vae.loading import Batches
+from pyro_vae.objectives import elbo
 from pyro_vae.pair import Pair
 from pyro_vae.precision import Precision, check_precision, networks, to_precision
 from pyro_vae.processes import Averaging, LostProcessError, join
 from pyro_vae.randomness import own_random_state
-from pyro_vae.svi import Average, Loss, Step, check_loss, eager_step
+from pyro_vae.svi import WEIGHED, Average, Loss, Step, check_loss, eager_step
 from pyro_vae.trainer import Settings, Trainer
 
 __all__ = ["Run", "fit"]
@@ -156,6 +157,7 @@ def fit(
     processes.check_same((settings.data, settings.validation))
     in_bfloat16 = networks(pair, train) if precision == "bf16-mixed" else []
     trainer = Trainer(pair, update, Batches(train, target), held_out, settings, processes, in_bfloat16)
+    trainer.weighs_divergence = loss is elbo or isinstance(loss, WEIGHED)
     shows = progress and processes.is_first
     average = Averaging(pair) if processes.size > 1 else None
     steps = _steps(pair, loss, update, settings, capture, average, tell=console.print if shows else None)

@@ -85,6 +85,8 @@ class Trainer:
         self.unsaved: dict[str, Any] | None = None
         self.next_save = 0.0
         self.validated = False
+        # Whether the loss is an ELBO whose divergence β weighs; others have weights of their own, or none.
+        self.weighs_divergence = True
 
     def run_epoch(self, first: Step, step: Step) -> dict[str, Any]:
         """Take one pass over the data in an order drawn from (seed, epoch), then record and keep it."""
@@ -111,7 +113,8 @@ class Trainer:
                     losses[read:] = self._read(losses[read:], shares[read:])
                     read = i + 1
         total = math.fsum(float(loss) * len(part) for loss, part in zip(losses, parts, strict=True))
-        record = {"epoch": self.epoch + 1, "seconds": time.perf_counter() - start, "loss": total / size, "beta": beta}
+        record: dict[str, Any] = {"epoch": self.epoch + 1, "seconds": time.perf_counter() - start, "loss": total / size}
+        record["beta"] = beta if self.weighs_divergence else None
         record.update(self._follow())
         self.epoch += 1
         self.metrics.append(record)
@@ -255,7 +258,12 @@ class Trainer:
         # Through JSON and back, as what was kept has gone.
         own, given = json.loads(json.dumps(own)), json.loads(json.dumps(given))
         held = config.get("fit", {})
-        changed = [f"{k} ({held.get(k)}, now {value})" for k, value in own["fit"].items() if held.get(k) != value]
+        # Numbers are shown; what describes data or an optimiser is too long to be.
+        changed = [
+            k if isinstance(value, str) else f"{k} ({held.get(k)}, now {value})"
+            for k, value in own["fit"].items()
+            if held.get(k) != value
+        ]
         changed += [k for k, value in given.items() if k != "epochs" and config.get(k, value) != value]
         if config.get("pair") != own["pair"]:
             raise ValueError(f"{self.folder} holds a run of {config.get('pair')}, not of {own['pair']}")

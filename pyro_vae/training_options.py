@@ -67,14 +67,10 @@ class Training:
     def make_loss(self, options: Any, pair: Pair, num_data: int) -> tuple[Loss, int]:
         """Return the loss over so many data, and the draws per datum that are not its own to make."""
         count = self.num_particles
+        if hasattr(options, "loss"):
+            self._check_own_loss(options.loss(pair, num_data), count)
         if self.loss == "default" and hasattr(options, "loss"):
-            loss = options.loss(pair, num_data)
-            if count != 1 and isinstance(loss, ELBO):
-                raise ValueError(
-                    f"num_particles is {count}, but the model's own loss, {type(loss).__name__}, has its own number of "
-                    "draws: leave --num-particles out, or choose --loss elbo"
-                )
-            return loss, count
+            return options.loss(pair, num_data), count
         if self.loss == "iwae" or count < 1:
             return iwae, count
         kind = TraceMeanField_ELBO if self.loss == "mean-field" else Trace_ELBO
@@ -82,3 +78,20 @@ class Training:
             return kind(), 1
         # All draws in one pass, to the left of the pair's own plates.
         return kind(count, max_plate_nesting=pair.max_plate_nesting, vectorize_particles=True), 1
+
+    def _check_own_loss(self, loss: Loss, count: int) -> None:
+        """Refuse options that would set a model's own loss aside, or that it cannot take."""
+        name = getattr(loss, "__name__", type(loss).__name__)
+        weighed = isinstance(loss, Trace_ELBO | TraceMeanField_ELBO)
+        if self.loss != "default" and not weighed:
+            raise ValueError(f"the model is trained by its own loss, {name}: leave --loss out, or train another model")
+        if not weighed and (self.beta != 1 or self.warmup):
+            raise ValueError(
+                f"beta is {self.beta}, warmup {self.warmup}, but the model's own loss, {name}, has a weight of its own "
+                "(--weight): leave --beta and --warmup out"
+            )
+        if self.loss == "default" and count != 1 and isinstance(loss, ELBO):
+            raise ValueError(
+                f"num_particles is {count}, but the model's own loss, {name}, has its own number of draws: leave "
+                "--num-particles out"
+            )

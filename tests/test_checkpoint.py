@@ -185,7 +185,9 @@ def test_resuming_on_other_terms_is_refused(tmp_path: Path) -> None:
     fit(vae(), data(), run_dir=tmp_path)
     other = vae()
     before = state(other)
-    with pytest.raises(ValueError, match="begun with other settings: batch_size, lr, optimizer;"):
+    with pytest.raises(
+        ValueError, match=r"begun with other settings: batch_size \(16, now 8\), lr \(0.001, now 0.1\), optimizer;"
+    ):
         fit(other, data(), run_dir=tmp_path, resume=True, batch_size=8, lr=0.1)
     linear = LinearGaussianVAE(4, 2)
     with pytest.raises(ValueError, match="holds a run of VAE, not of LinearGaussianVAE"):

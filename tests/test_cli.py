@@ -272,3 +272,27 @@ def test_continuing_a_finished_run_keeps_its_evaluation(few_digits: DataSet) -> 
 def test_a_models_own_loss_has_its_own_draws(few_digits: DataSet, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "categorical-vae", *SMALL, "--num-particles", "2", "--run-dir", "run"]) == 2
     assert "leave --num-particles out" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("beta-vae", "--loss", "elbo"), "leave --loss out"),
+        (("beta-vae", "--beta", "4"), "leave --beta and --warmup out"),
+        (("categorical-vae", "--gradient", "score-function", "--loss", "mean-field"), "has no rsample"),
+    ],
+)
+def test_options_that_a_models_own_loss_cannot_take(
+    few_digits: DataSet, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    assert main(["train", *arguments, *SMALL, "--run-dir", "run"]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not Path("run").exists()
+
+
+def test_a_weight_of_the_losss_own_is_not_reported_as_beta(few_digits: DataSet) -> None:
+    assert main(["train", "beta-vae", *SMALL, "--likelihood", "gaussian", "--run-dir", "run"]) == 0
+    report = Path("run/report.md").read_text()
+    assert "beta_elbo(4)" in report
+    assert "β = 1" not in report
+    assert "β of unit noise" not in report

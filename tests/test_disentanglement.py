@@ -98,3 +98,9 @@ CODE = torch.randn(16, 2)
 def test_bad_input_is_refused(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_codes_are_vectors_with_a_mean() -> None:
+    categorical = pv.models.CategoricalVAE((1, 4, 4), pv.OneHotPrior(3, 4))
+    with pytest.raises(ValueError, match="is no vector"):
+        pv.latent_means(categorical, torch.zeros(6, 1, 4, 4))
