@@ -195,7 +195,9 @@ def timings() -> str:
 
 
 def mean_and_spread(values: list[float]) -> str:
-    """Return a mean with the standard deviation of what it averages."""
+    """Return a mean with the standard deviation of what it averages, or the only value there is."""
+    if len(values) == 1:
+        return f"{values[0]:.2f} (one run)"
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
 
 

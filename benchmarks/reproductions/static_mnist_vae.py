@@ -62,7 +62,7 @@ def table(record: dict[str, Any]) -> str:
     some = next(iter(results["seeds"].values()))["some"]
     return (
         f"{markdown_table(header, rows)}\n\n"
-        f"−log p(x) with K = 200 on all test digits, mean ± standard deviation over seeds: {mean_and_spread(means)}; "
+        f"−log p(x) with K = 200 on all test digits, by seeds: {mean_and_spread(means)}; "
         f"published {PUBLISHED} and, by another library, {RERUN}, both with 200 samples: "
         f"{sum(means) / len(means) - PUBLISHED:+.2f} nats. K = 5000 on {some['data']} digits after a seeded shuffle, "
         f"the same for every seed. {results['epochs']} epochs (published: {PUBLISHED_EPOCHS}), batch 100, Adam at "
