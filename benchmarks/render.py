@@ -223,7 +223,7 @@ def results() -> str:
         shown = likelihood.table(json.loads(path.read_text(encoding="utf-8")))
         picture = f"![Images × samples per second](../benchmarks/results/{kind}/likelihood.png)"
         sections.append(f"## Log-likelihoods per second, {kind}\n\n{shown}\n\n{picture}\n")
-    return "\n".join(sections)
+    return "\n".join(sections if len(sections) > 1 else [*sections, "No results are kept yet.\n"])
 
 
 if __name__ == "__main__":
