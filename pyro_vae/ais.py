@@ -20,6 +20,7 @@ from pyro_vae.pair import (
     Pair,
     device_of,
     evaluation,
+    particle_dim,
     particle_plate,
     point_masses,
     sample_sites,
@@ -285,7 +286,7 @@ class _Path:
 
     def log_densities(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return log p_0(z) and log p(x, z), each (C, B)."""
-        dim = -1 - self.pair.max_plate_nesting
+        dim = particle_dim(self.pair)
         values = self._take_apart(z)
         model = sample_sites(self._trace("model", {**self.fixed, **values}))
         terms = {name: site_log_prob(site, dim) for name, site in model.items()}

@@ -18,6 +18,7 @@ from pyro_vae.pair import (
     bare,
     device_of,
     evaluation,
+    particle_dim,
     point_masses,
     sample_sites,
     site_log_prob,
@@ -127,7 +128,7 @@ def collapse_report(pair: Pair, *batch: Tensor, num_particles: int = 10, seed: i
             sites = sample_sites(model)
             for name, site in sample_sites(guide).items():
                 if name not in fixed:
-                    part = _look_at(site, sites[name], -1 - pair.max_plate_nesting, (num_particles, len(rows)))
+                    part = _look_at(site, sites[name], particle_dim(pair), (num_particles, len(rows)))
                     collected.setdefault(name, []).append(part)
             # Shared by all data, so that the last chunk has it too.
             noise = _noise(sites, fixed)

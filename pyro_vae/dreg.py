@@ -17,6 +17,7 @@ from pyro_vae.pair import (
     bare,
     check_same_latents,
     device_of,
+    particle_dim,
     particle_plate,
     point_masses,
     rehearsal,
@@ -58,7 +59,7 @@ class DReG(PairLoss):
 
     def negative(self, pair: Pair, model: Program, guide: Program, *batch: Tensor) -> Tensor:
         """Return minus the bound summed over the data, a scalar whose gradient is the doubly reparameterised one."""
-        dim = -1 - pair.max_plate_nesting
+        dim = particle_dim(pair)
         with particle_plate(pair, self.num_particles):
             drawn = poutine.trace(guide).get_trace(*batch)
             _check_reparameterised(drawn)
@@ -77,7 +78,7 @@ class DReG(PairLoss):
 
     def check(self, pair: Pair, batch: tuple[Tensor, ...]) -> None:
         """Refuse a guide whose density at given draws changes from run to run, since it is scored twice."""
-        few, dim = tuple(tensor[:2] for tensor in to_pair(pair, batch)), -1 - pair.max_plate_nesting
+        few, dim = tuple(tensor[:2] for tensor in to_pair(pair, batch)), particle_dim(pair)
         scores = []
         with rehearsal(pair), particle_plate(pair, self.num_particles):
             with own_random_state(0, device_of(pair)):
@@ -133,7 +134,7 @@ class _Scored(nn.Module):
 
     def _log_prob(self, name: str, site: Any) -> Tensor:
         try:
-            return site_log_prob(site, -1 - self.pair.max_plate_nesting)
+            return site_log_prob(site, particle_dim(self.pair))
         except (KeyError, NotImplementedError) as error:
             raise ValueError(_UNSCORED.format(name)) from error
 

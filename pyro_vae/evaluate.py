@@ -56,7 +56,8 @@ def log_likelihood(
     The weights are accumulated in float64 over chunks of particles and data; no more than ``memory`` is held at once.
     The pair is evaluated in evaluation mode and left as it was, as is the caller's random state. Each chunk of data
     draws from a seed of its own, so that an evaluation which is interrupted goes on, where ``run_dir`` keeps its
-    finished chunks, by the same call, and gives bit for bit what an unbroken one gives.
+    finished chunks, by the same call, and gives bit for bit what an unbroken one gives; up to rounding where its chunks
+    are compiled, since another process may choose another library for the products.
 
     Args:
         pair: any pair.

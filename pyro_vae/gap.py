@@ -20,6 +20,7 @@ from pyro_vae.pair import (
     device_of,
     evaluation,
     log_terms,
+    particle_dim,
     particle_plate,
     point_masses,
     sample_sites,
@@ -177,7 +178,7 @@ class _Family:
 
     def log_weights(self, num_particles: int) -> Tensor:
         """Return log p(x, z) − log q*(z), (K, B), q*'s density with its parameters held fixed."""
-        dim = -1 - self.pair.max_plate_nesting
+        dim = particle_dim(self.pair)
         values, log_guide = {}, torch.zeros(())
         for name, member in self.members.items():
             draws = member.distribution(fixed=False).rsample((num_particles,)).squeeze(1)
