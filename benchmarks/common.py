@@ -21,7 +21,7 @@ RUNS = Path(__file__).resolve().parents[1] / "runs" / "reproduce"
 # Recorded and compiled: the same steps in less time.
 FAST: dict[str, Any] = {"capture": True, "compiled": True}
 # K and the number of test data: all of them with few draws, as most papers do, and fewer data with more draws.
-EVALUATIONS: dict[str, tuple[int, int | None]] = {"all": (200, None), "some": (5000, 2000)}
+EVALUATIONS: dict[str, tuple[int, int | None]] = {"all": (200, None), "some": (5000, 1000)}
 
 
 def keep(name: str, results: dict[str, Any], started: float, folder: Path = RESULTS) -> Path:
@@ -52,14 +52,15 @@ def machine_kind(threads: int) -> str:
 
 
 def trained(pair: pv.Pair, data: pv.data.DataSet, name: str, **settings: Any) -> tuple[float, float]:
-    """Train in the run folder ``name``, or go on there; return the seconds spent and the last validation loss."""
+    """Train in the run folder ``name``, or go on there; return the seconds spent and the validation loss left."""
     folder = RUNS / name
     # One that ended before its first epoch left nothing to go on from.
     resume = (folder / "checkpoint" / "pair.safetensors").exists()
     validation = data.validation if data.validation is not None else data.test
-    run = pv.fit(pair, data.train, validation=validation, run_dir=folder, resume=resume, **FAST, **settings)
-    # Each epoch has its own time, those before an interruption too.
-    return sum(record["seconds"] for record in run.metrics), run.metrics[-1]["validation_loss"]
+    run = pv.fit(pair, data.train, validation=validation, run_dir=folder, resume=resume, **{**FAST, **settings})
+    losses = [record["validation_loss"] for record in run.metrics]
+    # Each epoch has its own time, those before an interruption too. With patience the best epoch's parameters are left.
+    return sum(record["seconds"] for record in run.metrics), min(losses) if "patience" in settings else losses[-1]
 
 
 def evaluated(pair: pv.Pair, data: pv.data.DataSet, name: str) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from pyro_vae.trainer import Settings, Trainer
 __all__ = ["Run", "fit"]
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+MakeScheduler = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
 # Recording a program takes about as long as this many small steps: runs that take fewer of a kind do not record it.
 STEPS_BEFORE_CAPTURE = 50
 # One for the progress bar and for the lines above it.
@@ -40,8 +41,8 @@ NUMBERS_OF_A_LOSS = ("alpha", "beta", "gamma", "data_size", "num_particles")
 class Run(NamedTuple):
     """What :func:`fit` leaves: the trained pair, one record per epoch, and where the files are.
 
-    Each record holds ``epoch``, ``seconds``, ``loss`` (training), ``validation_loss`` (−ELBO), ``beta``, ``terms``
-    (each site's share of −ELBO) and ``monitor`` (γ and the like); all in nats per datum.
+    Each record holds ``epoch``, ``seconds``, ``loss`` (training), ``validation_loss`` (−ELBO), ``beta``, ``lr``,
+    ``terms`` (each site's share of −ELBO) and ``monitor`` (γ and the like); losses are in nats per datum.
     """
 
     pair: Pair
@@ -60,6 +61,7 @@ def fit(
     validation: Data | float | None = None,
     optimizer: MakeOptimizer | None = None,
     lr: float = 1e-3,
+    scheduler: MakeScheduler | None = None,
     beta: float = 1.0,
     warmup: int = 0,
     clip_norm: float | None = None,
@@ -94,7 +96,9 @@ def fit(
             :func:`~pyro_vae.objectives.iwae`.
         num_particles: draws per datum for an objective; a Pyro ELBO holds its own.
         validation: held-out data, or the share of ``data`` to hold out.
-        optimizer: makes a torch optimiser from the parameters; Adam with ``lr`` by default.
+        optimizer: makes a torch optimiser from the parameters; torch's fused Adam with ``lr`` by default.
+        scheduler: makes one of torch's learning-rate schedulers from the optimiser. It takes a step after each epoch,
+            by the validation loss if it is a ``ReduceLROnPlateau``.
         beta: weight of the divergence terms.
         warmup: epochs over which β rises linearly from 0 to ``beta``.
         clip_norm: largest global norm of the gradient.
@@ -144,19 +148,19 @@ def fit(
     check_data(pair, train, held_out, **counts)
     check_settings(held_out, lr=lr, beta=beta, warmup=warmup, clip_norm=clip_norm, patience=patience)
     check_loss(pair, loss, train, num_particles=num_particles, uses_beta=beta != 1 or warmup > 0)
-    make = optimizer or (lambda parameters: torch.optim.Adam(parameters, lr=lr))
-    update = make(list(pair.to(target).parameters()))
-    if isinstance(update, torch.optim.LBFGS):
-        raise ValueError("LBFGS evaluates its loss several times a step, on new draws each time: use another optimiser")
+    update = _optimizer(optimizer, list(pair.to(target).parameters()), lr)
+    schedule = None if scheduler is None else _schedule(scheduler, update, held_out is not None)
     dtype = str(next(pair.parameters()).dtype).removeprefix("torch.")
     settings = Settings(
-        *(batch_size, lr, beta, warmup, clip_norm, num_particles, patience, seed),
-        *(_described(loss), _described(update), compiled, fingerprint(train), fingerprint(held_out)),
-        *(precision or dtype, tf32, processes.size),
+        **{"batch_size": batch_size, "lr": lr, "beta": beta, "warmup": warmup, "clip_norm": clip_norm, "seed": seed},
+        **{"num_particles": num_particles, "patience": patience, "compiled": compiled, "tf32": tf32},
+        **{"loss": _described(loss), "optimizer": _described(update), "scheduler": _described_schedule(schedule)},
+        **{"data": fingerprint(train), "validation": fingerprint(held_out)},
+        **{"precision": precision or dtype, "processes": processes.size},
     )
     processes.check_same((settings.data, settings.validation))
     in_bfloat16 = networks(pair, train) if precision == "bf16-mixed" else []
-    trainer = Trainer(pair, update, Batches(train, target), held_out, settings, processes, in_bfloat16)
+    trainer = Trainer(pair, update, schedule, Batches(train, target), held_out, settings, processes, in_bfloat16)
     trainer.weighs_divergence = loss is elbo or isinstance(loss, WEIGHED)
     shows = progress and processes.is_first
     average = Averaging(pair) if processes.size > 1 else None
@@ -176,6 +180,38 @@ def fit(
 
 def _converted(batch: tuple[Any, ...], precision: Precision | None) -> tuple[Any, ...]:
     return tuple(to_precision(each, precision) if isinstance(each, Tensor) else each for each in batch)
+
+
+def _optimizer(make: MakeOptimizer | None, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    if make is None:
+        # One pass over parameters and moments in place of a dozen.
+        return torch.optim.Adam(parameters, lr=lr, fused=True)
+    update = make(parameters)
+    if isinstance(update, torch.optim.LBFGS):
+        raise ValueError("LBFGS evaluates its loss several times a step, on new draws each time: use another optimiser")
+    return update
+
+
+def _schedule(
+    make: MakeScheduler, update: torch.optim.Optimizer, validates: bool
+) -> torch.optim.lr_scheduler.LRScheduler:
+    schedule = make(update)
+    if not isinstance(schedule, torch.optim.lr_scheduler.LRScheduler):
+        raise ValueError(
+            f"scheduler returned {type(schedule).__name__}; it must make a scheduler of torch.optim.lr_scheduler from "
+            "the optimiser"
+        )
+    if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau) and not validates:
+        raise ValueError("ReduceLROnPlateau follows the validation loss: pass validation data")
+    return schedule
+
+
+def _described_schedule(schedule: torch.optim.lr_scheduler.LRScheduler | None) -> str | None:
+    """Return a schedule's name with the numbers that it began with."""
+    if schedule is None:
+        return None
+    state = {name: value for name, value in schedule.state_dict().items() if not name.startswith("_")}
+    return f"{type(schedule).__name__}({', '.join(f'{name}={value}' for name, value in sorted(state.items()))})"
 
 
 def _described(thing: object) -> str:

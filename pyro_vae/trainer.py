@@ -52,6 +52,7 @@ class Settings:
     seed: int
     loss: str
     optimizer: str
+    scheduler: str | None
     compiled: bool
     data: str
     validation: str
@@ -67,6 +68,7 @@ class Trainer:
         self,
         pair: Pair,
         optimizer: torch.optim.Optimizer,
+        scheduler: torch.optim.lr_scheduler.LRScheduler | None,
         train: Batches,
         held_out: tuple[Tensor, ...] | None,
         settings: Settings,
@@ -74,6 +76,7 @@ class Trainer:
         in_bfloat16: list[nn.Module],
     ) -> None:
         self.pair, self.optimizer, self.settings, self.processes = pair, optimizer, settings, processes
+        self.scheduler = scheduler
         self.device = device_of(pair)
         self.train, self.in_bfloat16 = train, in_bfloat16
         self.validates = held_out is not None
@@ -115,7 +118,12 @@ class Trainer:
         total = math.fsum(float(loss) * len(part) for loss, part in zip(losses, parts, strict=True))
         record: dict[str, Any] = {"epoch": self.epoch + 1, "seconds": time.perf_counter() - start, "loss": total / size}
         record["beta"] = beta if self.weighs_divergence else None
+        record["lr"] = float(self.optimizer.param_groups[0]["lr"])
         record.update(self._follow())
+        if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            self.scheduler.step(record["validation_loss"])
+        elif self.scheduler is not None:
+            self.scheduler.step()
         self.epoch += 1
         self.metrics.append(record)
         if self.settings.patience is not None and self._best_epoch() == self.epoch:
@@ -221,6 +229,8 @@ class Trainer:
             return
         restore(self.pair, state["pair"], folder)
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
         self.epoch, self.metrics, self.best = state["epoch"], state["metrics"], state["best"]
         torch.set_rng_state(state["rng"])
         if self.device.type == "cuda" and state["cuda_rng"] is not None:
@@ -291,6 +301,7 @@ class Trainer:
             "model": type(self.pair).__name__,
             "pair": self.pair.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "epoch": self.epoch,
             "metrics": list(self.metrics),
             "best": self.best,
