@@ -152,11 +152,23 @@ def fit(
     schedule = None if scheduler is None else _schedule(scheduler, update, held_out is not None)
     dtype = str(next(pair.parameters()).dtype).removeprefix("torch.")
     settings = Settings(
-        **{"batch_size": batch_size, "lr": lr, "beta": beta, "warmup": warmup, "clip_norm": clip_norm, "seed": seed},
-        **{"num_particles": num_particles, "patience": patience, "compiled": compiled, "tf32": tf32},
-        **{"loss": _described(loss), "optimizer": _described(update), "scheduler": _described_schedule(schedule)},
-        **{"data": fingerprint(train), "validation": fingerprint(held_out)},
-        **{"precision": precision or dtype, "processes": processes.size},
+        batch_size=batch_size,
+        lr=lr,
+        beta=beta,
+        warmup=warmup,
+        clip_norm=clip_norm,
+        num_particles=num_particles,
+        patience=patience,
+        seed=seed,
+        loss=_described(loss),
+        optimizer=_described(update),
+        scheduler=_described_schedule(schedule),
+        compiled=compiled,
+        data=fingerprint(train),
+        validation=fingerprint(held_out),
+        precision=precision or dtype,
+        tf32=tf32,
+        processes=processes.size,
     )
     processes.check_same((settings.data, settings.validation))
     in_bfloat16 = networks(pair, train) if precision == "bf16-mixed" else []
