@@ -86,3 +86,11 @@ def _likelihood(pair: pv.Pair, x: torch.Tensor, path: Path, num_particles: int, 
     }
     write_text(path, json.dumps(record, indent=2))
     return record
+
+
+def negative_elbo(pair: pv.Pair, x: torch.Tensor, num_particles: int = 1) -> float:
+    """Return −ELBO of data in nats, as the pair is evaluated, with a fixed seed."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        parts = [pv.log_terms(pair.eval(), rows, num_particles=num_particles).log_weights for rows in x.split(250)]
+    return -float(torch.cat([part.mean(0) for part in parts]).double().mean())

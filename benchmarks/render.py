@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import re
-import statistics
 from pathlib import Path
 from typing import Any
 
 import likelihood
 import reproductions
+from tables import provenance
 
 from pyro_vae.checkpoint import read_json, write_text
 from pyro_vae.report import markdown_table
@@ -164,15 +164,6 @@ def growth(record: dict[str, Any]) -> str:
     return f"{markdown_table(header, rows)}\n\n{provenance(record)}"
 
 
-def provenance(record: dict[str, Any]) -> str:
-    """Return one sentence on where a record was made."""
-    versions, machine = record["versions"], record["machine"]
-    return (
-        f"{machine['cores']} cores, {machine['processor']}, torch {versions['torch']}, pyro {versions['pyro']}; "
-        f"{record['seconds']:.0f} s and {record['peak_memory_mib']} MiB at most for the whole script."
-    )
-
-
 TABLES = {"two_stage_mnist": two_stage_mnist, "four_loops": four_loops, "coverage": coverage, "precision": precision}
 # Results that are kept by kind of machine, shown in benchmarks/README.md.
 TIMINGS = {
@@ -192,13 +183,6 @@ def timings() -> str:
                 picture = f"![{title}](results/{folder.name}/{name}.png)"
                 sections.append(f"## {title}, {folder.name}\n\n{picture}\n\n{table}")
     return "\n\n".join(sections) or "No timings are kept yet."
-
-
-def mean_and_spread(values: list[float]) -> str:
-    """Return a mean with the standard deviation of what it averages, or the only value there is."""
-    if len(values) == 1:
-        return f"{values[0]:.2f} (one run)"
-    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
 
 
 def rendered(text: str) -> str:

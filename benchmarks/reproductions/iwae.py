@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from common import evaluated, trained
-from render import provenance
+from tables import provenance
 
 import pyro_vae as pv
 from pyro_vae.networks import MLP

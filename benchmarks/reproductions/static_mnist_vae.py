@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from common import evaluated, trained
-from render import mean_and_spread, provenance
+from tables import provenance, spread
 from torch import nn
 
 import pyro_vae as pv
@@ -70,7 +70,7 @@ def table(record: dict[str, Any]) -> str:
     some = next(iter(results["seeds"].values()))["some"]
     return (
         f"{markdown_table(header, rows)}\n\n"
-        f"−log p(x) with K = 200 on all test digits, by seeds: {mean_and_spread(means)}; "
+        f"−log p(x) with K = 200 on all test digits, by seeds: {spread(means)}; "
         f"published {PUBLISHED} and, by another library, {RERUN}, both with 200 samples: "
         f"{sum(means) / len(means) - PUBLISHED:+.2f} nats. K = 5000 on {some['data']} digits after a seeded shuffle, "
         f"the same for every seed. At most {results['epochs']} epochs (published: {PUBLISHED_EPOCHS}), the best by "
