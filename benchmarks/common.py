@@ -12,9 +12,11 @@ from typing import Any
 
 import pyro
 import torch
+from matplotlib.figure import Figure
 
 import pyro_vae as pv
 from pyro_vae.checkpoint import read_json, write_text
+from pyro_vae.figures import save_figure
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = Path(__file__).resolve().parents[1] / "runs" / "reproduce"
@@ -42,6 +44,16 @@ def keep(name: str, results: dict[str, Any], started: float, folder: Path = RESU
     path = folder / f"{name}.json"
     write_text(path, json.dumps(record, indent=2) + "\n")
     return path
+
+
+def keep_timings(
+    name: str, results: dict[str, Any], started: float, figure: Figure, threads: int, folder: Path
+) -> None:
+    """Write timings and their figure to the folder of this kind of machine, and say where."""
+    folder = folder / machine_kind(threads)
+    path = keep(name, results, started, folder)
+    save_figure(figure, folder / f"{name}.png")
+    print(f"kept in {path}")
 
 
 def machine_kind(threads: int) -> str:

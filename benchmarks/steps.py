@@ -34,11 +34,11 @@ def batches_for(rows: dict[str, Row], size: int = BATCH) -> list[Tensor]:
     return [torch.rand(size, *shape).gt(0.7).float().to(DEVICE) for _ in range(16)]
 
 
-def vae(hidden: int, latent: int) -> pv.models.VAE:
+def vae(hidden: int, latent: int, pixels: int = PIXELS) -> pv.models.VAE:
     """Return a Bernoulli VAE with one hidden layer on each side."""
     torch.manual_seed(0)
-    encoder, decoder = MLP([(PIXELS,)], 2 * latent, (hidden,)), MLP([(latent,)], PIXELS, (hidden,))
-    pair = pv.models.VAE((PIXELS,), pv.StandardNormal(latent), pv.Bernoulli(), encoder=encoder, decoder=decoder)
+    encoder, decoder = MLP([(pixels,)], 2 * latent, (hidden,)), MLP([(latent,)], pixels, (hidden,))
+    pair = pv.models.VAE((pixels,), pv.StandardNormal(latent), pv.Bernoulli(), encoder=encoder, decoder=decoder)
     return pair.to(DEVICE)
 
 
@@ -124,7 +124,8 @@ def by_hand(pair: pv.models.VAE, compiled: bool) -> Row:
 
     # On CUDA its fastest mode, which replays CUDA graphs.
     mode = "max-autotune" if DEVICE.type == "cuda" else None
-    forward = torch.compile(loss, mode=mode) if compiled else loss
+    # A graph for each batch size: one for them all would be slower, and is made once a short last batch has come.
+    forward = torch.compile(loss, mode=mode, dynamic=False) if compiled else loss
 
     def step(x: Tensor) -> float:
         optimizer.zero_grad()

@@ -1,10 +1,8 @@
-"""NumPyro's step: a whole epoch in one jitted scan, as its own VAE example runs it. Answers ``peers.Peer``."""
+"""NumPyro's steps: all of a turn in one jitted scan, over batches that lie ready. Answers ``peers.Peer``."""
 
 from __future__ import annotations
 
-import json
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +11,9 @@ import numpyro.distributions as dist
 from jax import lax, random
 from jax.example_libraries import stax
 from numpyro.infer import SVI, Trace_ELBO
+from turns import turns
 
-BATCH, PIXELS, HIDDEN, LATENT, STEPS, THREADS = map(int, sys.argv[1:])
+BATCH, PIXELS, HIDDEN, LATENT, DATA, THREADS = map(int, sys.argv[1:])
 SILU = stax.elementwise(jax.nn.silu)
 
 
@@ -41,24 +40,35 @@ def guide(x):
         numpyro.sample("z", dist.Normal(loc, jax.nn.softplus(raw) + 1e-4).to_event(1))
 
 
+def data():
+    """Return binary data of the size asked for."""
+    return (random.uniform(random.key(0), (DATA, PIXELS)) > 0.7).astype(jnp.float32)
+
+
+def said():
+    """Return what ran."""
+    return {"version": numpyro.__version__, "jax": jax.__version__, "device": DEVICES[jax.default_backend()]}
+
+
+# JAX calls CUDA devices GPUs.
+DEVICES = {"cpu": "cpu", "gpu": "cuda"}
+
+
 def main() -> None:
-    """Take STEPS steps for each line read, and answer with the seconds of one, as JSON."""
+    """Take DATA / BATCH steps for each line read, and answer with their seconds, as JSON."""
     svi = SVI(model, guide, numpyro.optim.Adam(1e-3), Trace_ELBO())
-    batches = (random.uniform(random.key(0), (STEPS, BATCH, PIXELS)) > 0.7).astype(jnp.float32)
+    batches = data().reshape(-1, BATCH, PIXELS)
     state = svi.init(random.key(1), batches[0])
 
     @jax.jit
-    def epoch(state, batches):
-        return lax.scan(lambda state, x: svi.update(state, x), state, batches)
+    def steps(state, batches):
+        return lax.scan(svi.update, state, batches)
 
     for _ in range(2):
-        state, losses = epoch(state, batches)
-    print(json.dumps({"version": numpyro.__version__, "jax": jax.__version__}), flush=True)
-    for _ in sys.stdin:
-        start = time.perf_counter()
-        state, losses = epoch(state, batches)
+        state, losses = steps(state, batches)
+    for _ in turns(said()):
+        state, losses = steps(state, batches)
         losses.block_until_ready()
-        print(json.dumps([(time.perf_counter() - start) / STEPS]), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,10 @@
-"""pythae's step: one epoch of its own trainer over a data set of STEPS batches. Answers ``peers.Peer``."""
+"""pythae's epoch, of its own trainer, whose DataLoader hands it every step's batch. Answers ``peers.Peer``."""
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import tempfile
-import time
 from importlib.metadata import version
 
 import torch
@@ -16,8 +14,9 @@ from pythae.models.base.base_utils import ModelOutput
 from pythae.models.nn import BaseDecoder, BaseEncoder
 from pythae.trainers import BaseTrainer, BaseTrainerConfig
 from torch import nn
+from turns import turns
 
-BATCH, PIXELS, HIDDEN, LATENT, STEPS, THREADS = map(int, sys.argv[1:])
+BATCH, PIXELS, HIDDEN, LATENT, DATA, THREADS = map(int, sys.argv[1:])
 ANSWERS = sys.stdout
 
 
@@ -48,11 +47,11 @@ class Decoder(BaseDecoder):
 
 
 def main(folder: str) -> None:
-    """Take STEPS steps for each line read, and answer with the seconds of one, as JSON."""
+    """Take an epoch over DATA data for each line read, and answer with its seconds, as JSON."""
     torch.set_num_threads(THREADS)
     logging.disable(logging.WARNING)
     sys.stdout = sys.stderr
-    x = torch.rand(STEPS * BATCH, 1, PIXELS).gt(0.7).float()
+    x = torch.rand(DATA, 1, PIXELS).gt(0.7).float()
     config = VAEConfig(input_dim=(1, PIXELS), latent_dim=LATENT, reconstruction_loss="bce")
     training = BaseTrainerConfig(
         output_dir=folder,
@@ -60,16 +59,14 @@ def main(folder: str) -> None:
         per_device_train_batch_size=BATCH,
         optimizer_cls="Adam",
         learning_rate=1e-3,
-        no_cuda=True,
+        no_cuda=not torch.cuda.is_available(),
     )
     trainer = BaseTrainer(VAE(config, Encoder(), Decoder()), BaseDataset(x, torch.zeros(len(x))), None, training)
     trainer.prepare_training()
     trainer.train_step(1)
-    print(json.dumps({"version": version("pythae")}), file=ANSWERS, flush=True)
-    for _ in sys.stdin:
-        start = time.perf_counter()
+    device = next(trainer.model.parameters()).device.type
+    for _ in turns({"version": version("pythae"), "device": device}, answers=ANSWERS):
         trainer.train_step(1)
-        print(json.dumps([(time.perf_counter() - start) / STEPS]), file=ANSWERS, flush=True)
 
 
 if __name__ == "__main__":
