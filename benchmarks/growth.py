@@ -1,9 +1,10 @@
-"""How the cost of a captured training step grows with batch, latent size, hidden width and particles.
+"""How the cost of captured training grows with batch, latents, hidden width, image side, particles and data.
 
     python benchmarks/growth.py
 
-Each axis is varied alone, around the 784–400–20 VAE with batches of 128; sizes take turns. The slope is that of
-log(seconds) over log(size), fitted by least squares: 0 where cost is fixed, 1 where it is proportional.
+Each axis is varied alone, around the 784–400–20 VAE with batches of 128; sizes take turns. The last axis, the number of
+data, is that of whole epochs of ``fit``. The slope is that of log(seconds) over log(size), fitted by least squares: 0
+where cost is fixed, 1 where it is proportional.
 """
 
 from __future__ import annotations
@@ -12,29 +13,35 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import fit_epochs
+import peers
 import pyro
 import steps
 import torch
 import tyro
-from common import RESULTS, keep, machine_kind
+from common import RESULTS, keep_timings
 from matplotlib.figure import Figure
 from pyro.infer import Trace_ELBO
-from torch import Tensor
+from side_by_side import Turn, by_turns, timed
 
 from pyro_vae.capture import captured_step
-from pyro_vae.figures import save_figure
 
 AXES: dict[str, tuple[int, ...]] = {
     "batch": (32, 128, 512, 2048, 4096),
     "latent": (4, 16, 64, 256),
     "hidden": (64, 256, 1024, 4096),
+    "side": (7, 14, 28, 56, 112),
     "particles": (1, 4, 16, 64),
+    "data": (1_000, 4_000, 16_000, 64_000),
 }
-BASE = {"batch": steps.BATCH, "latent": 20, "hidden": 400, "particles": 1}
+BASE = {"batch": steps.BATCH, "latent": 20, "hidden": 400, "side": steps.SIDE, "particles": 1}
 # Of a turn, the first step is not counted.
 BLOCK = 4
 
@@ -44,11 +51,17 @@ class Options:
     """Time every size of every axis."""
 
     rounds: int = 10
-    """Turns of each size, three counted steps each."""
+    """Turns of each size: three counted steps, or one epoch."""
+    minutes: float = 3.0
+    """For the timings of all axes, after compiling; with less left there are fewer rounds."""
     threads: int = 2
     """Threads of torch."""
     compiled: bool = True
     """Whether the recordings are compiled, which takes some seconds for each size."""
+    scale: float = 1.0
+    """Share of the sizes of every axis to time, from the smallest; below 1 for a trial."""
+    results: Path = RESULTS
+    """Folder for the results; give another one for a trial, which would replace the kept figures."""
 
 
 def main(options: Options) -> None:
@@ -57,43 +70,54 @@ def main(options: Options) -> None:
     pyro.enable_validation(False)
     started = time.perf_counter()
     axes: dict[str, Any] = {}
-    for axis, sizes in AXES.items():
-        turns = {size: _turn({**BASE, axis: size}, options.compiled) for size in sizes}
-        seconds: dict[int, list[float]] = {size: [] for size in sizes}
-        for _ in range(options.rounds):
-            for size, turn in turns.items():
-                seconds[size] += turn()
-        medians = {size: statistics.median(values) for size, values in seconds.items()}
-        axes[axis] = {
-            "median_ms": {str(size): round(1000 * value, 4) for size, value in medians.items()},
-            "slope": round(slope(medians), 3),
-            "last_slope": round(slope(dict(list(medians.items())[-2:])), 3),
-        }
+    for axis, every in AXES.items():
+        sizes = every[: max(2, round(options.scale * len(every)))]
+        work = "epoch" if axis == "data" else "step"
+        with _turns(axis, sizes, options) as turns:
+            taken = by_turns(turns, options.rounds, 60 * options.minutes / len(AXES))
+        axes[axis] = {"work": work, **grown({int(size): seconds for size, seconds in taken.items()})}
         print(f"{axis:10s} slope {axes[axis]['slope']:.2f}, of the last two {axes[axis]['last_slope']:.2f}")
     results = {"threads": options.threads, "compiled": options.compiled, "base": BASE, "axes": axes}
-    folder = RESULTS / machine_kind(options.threads)
-    path = keep("growth", results, started, folder)
-    save_figure(drawn(axes), folder / "growth.png")
-    print(f"kept in {path}")
+    keep_timings("growth", results, started, drawn(axes), options.threads, options.results)
 
 
-def _turn(sizes: dict[str, int], compiled: bool) -> Callable[[], list[float]]:
-    pair = steps.vae(sizes["hidden"], sizes["latent"])
+@contextmanager
+def _turns(axis: str, sizes: tuple[int, ...], options: Options) -> Iterator[dict[str, Turn]]:
+    """Yield a turn of each size."""
+    if axis != "data":
+        yield {str(size): _steps({**BASE, axis: size}, options.compiled) for size in sizes}
+        return
+    kind = "fit, captured, compiled" if options.compiled else "fit, captured"
+    shape = (BASE["batch"], steps.PIXELS, BASE["hidden"], BASE["latent"])
+    starts = {str(size): partial(fit_epochs.start, kind, *shape, size, threads=options.threads) for size in sizes}
+    with peers.running(starts) as (running, absent):
+        if absent:
+            raise RuntimeError(str(absent))
+        yield dict(running)
+
+
+def _steps(sizes: dict[str, int], compiled: bool) -> Turn:
+    pixels = sizes["side"] ** 2
+    pair = steps.vae(sizes["hidden"], sizes["latent"], pixels)
     loss = Trace_ELBO(num_particles=sizes["particles"], vectorize_particles=True, max_plate_nesting=1)
     step = captured_step(pair, loss, steps.adam(pair), compiled=compiled)
-    shape = (sizes["batch"], steps.PIXELS)
+    shape = (sizes["batch"], pixels)
     feed = itertools.cycle([torch.rand(shape, device=steps.DEVICE).gt(0.7).float() for _ in range(2)])
-
-    def timed(x: Tensor) -> float:
-        start = time.perf_counter()
-        step(x)
-        if x.is_cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
     for _ in range(BLOCK):
-        timed(next(feed))
-    return lambda: [timed(next(feed)) for _ in range(BLOCK)][1:]
+        step(next(feed))
+    return lambda: [timed(partial(step, next(feed))) for _ in range(BLOCK)][1:]
+
+
+def grown(seconds: dict[int, list[float]]) -> dict[str, Any]:
+    """Return the medians in milliseconds and quartiles by size, with the slope over all sizes and over the last two."""
+    medians = {size: statistics.median(values) for size, values in seconds.items()}
+    quartiles = {size: statistics.quantiles(values, n=4) for size, values in seconds.items()}
+    return {
+        "median_ms": {str(size): round(1000 * value, 4) for size, value in medians.items()},
+        "quartiles_ms": {str(n): [round(1000 * q[0], 4), round(1000 * q[2], 4)] for n, q in quartiles.items()},
+        "slope": round(slope(medians), 3),
+        "last_slope": round(slope(dict(list(medians.items())[-2:])), 3),
+    }
 
 
 def slope(seconds: dict[int, float]) -> float:
@@ -103,13 +127,16 @@ def slope(seconds: dict[int, float]) -> float:
 
 
 def drawn(axes: dict[str, Any]) -> Figure:
-    """Draw each axis on logarithmic scales, with its slope."""
-    figure = Figure(figsize=(3.4 * len(axes), 3.2), layout="constrained")
-    for ax, (axis, record) in zip(figure.subplots(1, len(axes)), axes.items(), strict=True):
+    """Draw each axis on logarithmic scales, with quartiles and its slope."""
+    columns = 3
+    lines = math.ceil(len(axes) / columns)
+    figure = Figure(figsize=(3.6 * columns, 3.2 * lines), layout="constrained")
+    for ax, (axis, record) in zip(figure.subplots(lines, columns).flatten(), axes.items(), strict=False):
         sizes = [int(size) for size in record["median_ms"]]
         ax.loglog(sizes, list(record["median_ms"].values()), "o-")
+        ax.fill_between(sizes, *zip(*record["quartiles_ms"].values(), strict=True), alpha=0.3)
         ax.set_xlabel(axis)
-        ax.set_ylabel("ms per step (median)")
+        ax.set_ylabel(f"ms per {record['work']} (median, quartiles)")
         ax.set_title(f"slope {record['slope']:.2f}, last {record['last_slope']:.2f}", fontsize=10)
     return figure
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import likelihood
 import reproductions
+from side_by_side import table
 from tables import provenance
 
 from pyro_vae.checkpoint import read_json, write_text
@@ -39,7 +40,7 @@ def two_stage_mnist(record: dict[str, Any]) -> str:
         rows.append(
             [
                 name,
-                f"{row['parameters']:,}".replace(",", " "),
+                thousands(row["parameters"]),
                 row["quantity"],
                 f"{row['test_negative_elbo'][-1]:.1f}",
                 f"{row['log_likelihood']:.1f} ± {row['standard_error']:.1f} (MC {row['monte_carlo_error']:.2f})",
@@ -122,16 +123,7 @@ def training_step(record: dict[str, Any]) -> str:
     """Return a table of step times for each case, and of the memory of long runs."""
     results, parts = record["results"], []
     for case, rows in results["cases"].items():
-        header = ["step", "median ms", "quartiles", "captured, compiled ÷ it", "first step, s"]
-        cells = []
-        for name, row in sorted(rows.items(), key=lambda item: item[1].get("median_ms", 0.0)):
-            if "absent" in row:
-                cells.append([name, row["absent"], "", "", ""])
-                continue
-            low, high = row["quartiles_ms"]
-            ratio, first = f"{row['ours_over_it']:.2f}", str(row.get("first_step_seconds", ""))
-            cells.append([name, f"{row['median_ms']:.3f}", f"{low:.3f}–{high:.3f}", ratio, first])
-        parts.append(f"### {case}\n\n{markdown_table(header, cells)}")
+        parts.append(f"### {case}\n\n{table(rows, 'captured, compiled', 'step')}")
     if "long_run" in results:
         header = ["784–400–20", "steps", "resident MiB", "growth", "peak MiB"]
         cells = [
@@ -149,12 +141,37 @@ def training_step(record: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def epoch(record: dict[str, Any]) -> str:
+    """Return a table of epoch times for each case."""
+    results = record["results"]
+    parts = [
+        f"### {case}\n\n{table(rows, 'fit, captured, compiled', 'epoch', 's')}"
+        for case, rows in results["cases"].items()
+    ]
+    parts.append(
+        f"{thousands(results['data'])} data in batches of {results['batch']}, {results['threads']} threads. "
+        f"{provenance(record)}"
+    )
+    return "\n\n".join(parts)
+
+
+def scaling(record: dict[str, Any]) -> str:
+    """Return the tables of an epoch and of an evaluation by number of processes."""
+    results = record["results"]
+    parts = [f"### {case.title()}\n\n{table(rows, '1 process', case, 's')}" for case, rows in results["cases"].items()]
+    parts.append(
+        f"784–400–20; an epoch of {thousands(results['data'])} data, log-likelihoods of "
+        f"{thousands(results['evaluated'])} with K = {results['num_particles']}. {provenance(record)}"
+    )
+    return "\n\n".join(parts)
+
+
 def growth(record: dict[str, Any]) -> str:
     """Return the table of step times by size, with slopes."""
     header = ["axis", "median ms by size", "slope", "slope of the last two"]
     rows = [
         [
-            axis,
+            f"{axis}, per {row['work']}",
             ", ".join(f"{size}: {value:.2f}" for size, value in row["median_ms"].items()),
             f"{row['slope']:.2f}",
             f"{row['last_slope']:.2f}",
@@ -164,11 +181,18 @@ def growth(record: dict[str, Any]) -> str:
     return f"{markdown_table(header, rows)}\n\n{provenance(record)}"
 
 
+def thousands(count: int) -> str:
+    """Return a number in groups of three digits."""
+    return f"{count:,}".replace(",", " ")
+
+
 TABLES = {"two_stage_mnist": two_stage_mnist, "four_loops": four_loops, "coverage": coverage, "precision": precision}
 # Results that are kept by kind of machine, shown in benchmarks/README.md.
 TIMINGS = {
     "training_step": ("One training step", training_step),
-    "growth": ("Growth of a captured step's cost", growth),
+    "epoch": ("One epoch", epoch),
+    "scaling": ("Several processes", scaling),
+    "growth": ("Growth of the cost of captured training", growth),
 }
 
 
@@ -188,9 +212,9 @@ def timings() -> str:
 def rendered(text: str) -> str:
     """Return a document with every ``<!-- table: name -->`` block replaced by its table."""
     tables = {name: render(read_json(RESULTS / f"{name}.json")) for name, render in TABLES.items()}
-    for name, table in {**tables, "timings": timings()}.items():
+    for name, shown in {**tables, "timings": timings()}.items():
         block = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
-        text = re.sub(block, lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text, flags=re.DOTALL)
+        text = re.sub(block, lambda match, shown=shown: f"{match[1]}{shown}\n{match[2]}", text, flags=re.DOTALL)
     return text
 
 
