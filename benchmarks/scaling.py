@@ -1,0 +1,104 @@
+"""Time ``fit`` and an evaluation in one, two and four processes on one machine.
+
+    python benchmarks/scaling.py
+
+The 784–400–20 VAE trains on 60 000 binary images, captured and compiled, in one process with batches of 128, and under
+torchrun in several, with as many data per step together (the same steps, shared out) or each (fewer steps). The
+log-likelihoods are shared out by data. On a CPU every process has one thread and so one core; one process with as many
+threads is what they compete with. On CUDA every process has a device. Launches take turns; read the ratios.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import steps
+import torch
+import tyro
+from common import RESULTS, keep_timings
+from side_by_side import bars, by_turns, summaries, table
+
+COUNTS = (1, 2, 4)
+DATA, EVALUATED, NUM_PARTICLES = 60_000, 2000, 100
+ONE = "1 process"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Time every number of processes that the machine has cores, or devices, for."""
+
+    rounds: int = 3
+    """Launches of each row, of three counted epochs and an evaluation."""
+    minutes: float = 5.0
+    """For all launches; with less left there are fewer rounds, but three at least."""
+    scale: float = 1.0
+    """Share of the data to train on and to evaluate; below 1 for a trial."""
+    results: Path = RESULTS
+    """Folder for the results; give another one for a trial, which would replace the kept figures."""
+
+
+def main(options: Options) -> None:
+    """Time, print the tables and keep the figures."""
+    started = time.perf_counter()
+    devices = torch.cuda.device_count() if steps.DEVICE.type == "cuda" else len(os.sched_getaffinity(0))
+    counts = [count for count in COUNTS if count <= devices]
+    turns = {name: partial(_launched, *row, options.scale) for name, row in rows(counts).items()}
+    runs = by_turns(turns, options.rounds, 60 * options.minutes)
+    cases: dict[str, Any] = {}
+    for work in ("epoch", "evaluation"):
+        # How many data a step has is nothing to an evaluation.
+        shown = {name: each for name, each in runs.items() if work == "epoch" or "each" not in name}
+        taken = {name: [second for run in each for second in run[f"{work}s"]] for name, each in shown.items()}
+        first = {name: round(median(run[f"first_{work}"] for run in each), 2) for name, each in shown.items()}
+        cases[work] = summaries(taken, ONE, first, {})
+        print(f"{table(cases[work], ONE, work, 's')}\n")
+    sizes = {"data": _share(DATA, options.scale), "evaluated": _share(EVALUATED, options.scale)}
+    results = {"batch": steps.BATCH, **sizes, "num_particles": NUM_PARTICLES, "cases": cases}
+    keep_timings("scaling", results, started, bars(cases, ONE, "pass over the data", "s"), devices, options.results)
+
+
+def rows(counts: list[int]) -> dict[str, tuple[int, int, int]]:
+    """Return each row's processes, threads of each and data per step of each."""
+    found = {ONE: (1, 1, steps.BATCH)}
+    for count in counts[1:]:
+        if steps.DEVICE.type == "cpu":
+            found[f"{ONE}, {count} threads"] = (1, count, steps.BATCH)
+        found[f"{count} processes, {steps.BATCH} data per step together"] = (count, 1, steps.BATCH // count)
+        found[f"{count} processes, {steps.BATCH} data per step each"] = (count, 1, steps.BATCH)
+    return found
+
+
+def _share(count: int, scale: float) -> int:
+    return round(count * scale)
+
+
+def _launched(processes: int, threads: int, batch: int, scale: float) -> list[dict[str, Any]]:
+    """Return what the first of so many processes prints."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    arguments = {
+        "batch": batch,
+        "data": _share(DATA, scale),
+        "evaluated": _share(EVALUATED, scale),
+        "num-particles": NUM_PARTICLES,
+        "threads": threads,
+    }
+    command.append(str(Path(__file__).with_name("scaling_run.py")))
+    command += [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
+    settings = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, capture_output=True, text=True, env=settings, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    return [json.loads(done.stdout.splitlines()[-1])]
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

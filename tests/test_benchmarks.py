@@ -1,0 +1,139 @@
+"""What the benchmarks' scripts rest on: turns, summaries, slopes, scripts that answer, and where an epoch ends."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pyro_vae as pv
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def _on_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+
+
+def module(name: str) -> Any:
+    return importlib.import_module(name)
+
+
+def test_rows_take_turns_and_three_rounds_at_least() -> None:
+    order: list[str] = []
+
+    def turn(name: str) -> Any:
+        return lambda: [order.append(name), float(len(order))][1:]
+
+    taken = module("side_by_side").by_turns({"a": turn("a"), "b": turn("b")}, rounds=5, seconds=-1.0)
+    assert order == ["a", "b"] * 3
+    assert taken == {"a": [1.0, 3.0, 5.0], "b": [2.0, 4.0, 6.0]}
+
+
+def test_a_row_is_compared_by_medians() -> None:
+    side_by_side = module("side_by_side")
+    taken = {"ours": [0.001, 0.002, 0.009], "theirs": [0.008, 0.004, 0.001]}
+    rows = side_by_side.summaries(taken, "ours", {"ours": 1.5}, {"other": "absent: no network"})
+    assert [rows[name]["median_ms"] for name in taken] == [2.0, 4.0]
+    assert [rows[name]["ours_over_it"] for name in taken] == [1.0, 0.5]
+    assert rows["theirs"]["quartiles_ms"] == [1.0, 8.0]
+    table = side_by_side.table(rows, "ours", "epoch", "s").splitlines()
+    assert table[0] == "| epoch | median s | quartiles | ours ÷ it | first epoch, s |"
+    assert "| ours | 0.002 | 0.001–0.009 | 1.00 | 1.5 |" in table
+    assert any(line.startswith("| other | absent: no network |") for line in table)
+    # A row that could not be timed has no bar.
+    (axes, _) = side_by_side.bars({"case": rows}, "ours", "epoch").axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["theirs", "ours"]
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0, 1.5])
+def test_slopes_are_the_powers_of_a_power_law(power: float) -> None:
+    seconds = {size: [0.1 * size**power] * 3 for size in (1, 4, 32)}
+    found = module("growth").grown(seconds)
+    # As many digits as are kept.
+    assert (found["slope"], found["last_slope"]) == (power, power)
+
+
+SCRIPT = """
+import sys
+from peers.turns import turns
+for number in turns({"device": "cpu", "sizes": sys.argv[1:]}, 0.0):
+    if len(sys.argv) > 2:
+        raise ValueError("two sizes are too many")
+"""
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS))
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+def test_a_script_answers_each_turn_with_its_seconds(script: Path) -> None:
+    peers = module("peers")
+    with peers.running({"peer": lambda: peers.Peer(Path(sys.executable), script, threads=1)}) as (running, absent):
+        peer = running["peer"]
+        assert peer.said["sizes"] == ["1"]
+        assert peer.said["first_seconds"] > 0
+        assert all(0 <= seconds < 60 for _ in range(3) for seconds in peer())
+    assert absent == {}
+    assert peer.process.returncode is not None
+
+
+def test_a_script_that_ends_says_why(script: Path) -> None:
+    peers = module("peers")
+    starts = {"peer": lambda: peers.Peer(Path(sys.executable), script, 7, threads=1)}
+    with peers.running(starts) as (running, _), pytest.raises(RuntimeError, match="two sizes are too many"):
+        running["peer"]()
+    missing = {"peer": lambda: peers.Peer(Path(sys.executable), script.with_name("none.py"), threads=1)}
+    with peers.running(missing) as (running, absent):
+        assert running == {}
+        assert "No such file" in absent["peer"]
+
+
+def test_an_epoch_is_all_that_fit_does_between_two_of_them() -> None:
+    def epochs() -> Iterator[None]:
+        while True:
+            asked.append(len(asked))
+            yield
+
+    asked: list[int] = []
+    pair = pv.models.LinearGaussianVAE(3, 1)
+    pair.between = module("fit_epochs").Between(epochs())
+    pair.clock = module("scaling_run").Clock()
+    run = pv.fit(pair, torch.randn(64, 3), epochs=4, batch_size=32, progress=False)
+    assert asked == [0, 1, 2, 3]
+    ends = [record["monitor"]["clock"] for record in run.metrics]
+    for record, (before, after) in zip(run.metrics[1:], pairwise(ends), strict=True):
+        assert after - before > record["seconds"]
+
+
+def test_processes_share_a_batch_or_have_one_each() -> None:
+    scaling = module("scaling")
+    rows = scaling.rows([1, 2, 4])
+    assert rows[scaling.ONE] == (1, 1, 128)
+    assert all(count * batch == 128 for name, (count, _, batch) in rows.items() if "together" in name)
+    assert sum("together" in name for name in rows) == sum("each" in name for name in rows) == 2
+    assert scaling.rows([1]) == {scaling.ONE: (1, 1, 128)}
+
+
+@pytest.mark.parametrize("name", ["epoch", "scaling"])
+def test_kept_timings_are_rendered(name: str) -> None:
+    ours = {"epoch": "fit, captured, compiled", "scaling": "1 process"}[name]
+    rows = module("side_by_side").summaries({ours: [1.0] * 3, "another": [4.0] * 3}, ours, {}, {})
+    results = {"cases": {"one": rows}, "data": 60000, "batch": 128, "threads": 2, "evaluated": 2000}
+    versions = {"torch": "1", "pyro": "2"}
+    machine = {"cores": 2, "processor": "x86_64"}
+    record = {"results": {**results, "num_particles": 100}, "versions": versions, "machine": machine}
+    text = getattr(module("render"), name)({**record, "seconds": 1.0, "peak_memory_mib": 1})
+    assert "| another | 4.000 | 4.000–4.000 | 0.25 |" in text
+    assert "60 000 data" in text
