@@ -161,7 +161,8 @@ def scaling(record: dict[str, Any]) -> str:
     parts = [f"### {case.title()}\n\n{table(rows, '1 process', case, 's')}" for case, rows in results["cases"].items()]
     parts.append(
         f"784–400–20; an epoch of {thousands(results['data'])} data, log-likelihoods of "
-        f"{thousands(results['evaluated'])} with K = {results['num_particles']}. {provenance(record)}"
+        f"{thousands(results['evaluated'])} with K = {results['num_particles']}. The ratio is that of "
+        f"throughputs, a row's over one process's. {provenance(record)}"
     )
     return "\n\n".join(parts)
 

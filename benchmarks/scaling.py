@@ -28,7 +28,7 @@ from common import RESULTS, keep_timings
 from side_by_side import bars, by_turns, summaries, table
 
 COUNTS = (1, 2, 4)
-DATA, EVALUATED, NUM_PARTICLES = 60_000, 2000, 100
+DATA, EVALUATED, NUM_PARTICLES = 60_000, 1000, 100
 ONE = "1 process"
 
 
@@ -37,7 +37,7 @@ class Options:
     """Time every number of processes that the machine has cores, or devices, for."""
 
     rounds: int = 3
-    """Launches of each row, of three counted epochs and an evaluation."""
+    """Launches of each row, of two counted epochs and an evaluation."""
     minutes: float = 5.0
     """For all launches; with less left there are fewer rounds, but three at least."""
     scale: float = 1.0
@@ -51,12 +51,15 @@ def main(options: Options) -> None:
     started = time.perf_counter()
     devices = torch.cuda.device_count() if steps.DEVICE.type == "cuda" else len(os.sched_getaffinity(0))
     counts = [count for count in COUNTS if count <= devices]
-    turns = {name: partial(_launched, *row, options.scale) for name, row in rows(counts).items()}
+    launches = rows(counts)
+    turns = {name: partial(_launched, *row, options.scale) for name, row in launches.items()}
     runs = by_turns(turns, options.rounds, 60 * options.minutes)
-    cases: dict[str, Any] = {}
-    for work in ("epoch", "evaluation"):
+    evaluated: dict[str, list[dict[str, Any]]] = {}
+    for name, (processes, threads, _) in launches.items():
         # How many data a step has is nothing to an evaluation.
-        shown = {name: each for name, each in runs.items() if work == "epoch" or "each" not in name}
+        evaluated.setdefault(_label(processes, threads), []).extend(runs[name])
+    cases = {}
+    for work, shown in (("epoch", runs), ("evaluation", evaluated)):
         taken = {name: [second for run in each for second in run[f"{work}s"]] for name, each in shown.items()}
         first = {name: round(median(run[f"first_{work}"] for run in each), 2) for name, each in shown.items()}
         cases[work] = summaries(taken, ONE, first, {})
@@ -71,10 +74,15 @@ def rows(counts: list[int]) -> dict[str, tuple[int, int, int]]:
     found = {ONE: (1, 1, steps.BATCH)}
     for count in counts[1:]:
         if steps.DEVICE.type == "cpu":
-            found[f"{ONE}, {count} threads"] = (1, count, steps.BATCH)
-        found[f"{count} processes, {steps.BATCH} data per step together"] = (count, 1, steps.BATCH // count)
-        found[f"{count} processes, {steps.BATCH} data per step each"] = (count, 1, steps.BATCH)
+            found[_label(1, count)] = (1, count, steps.BATCH)
+        found[f"{_label(count, 1)}, {steps.BATCH} data per step together"] = (count, 1, steps.BATCH // count)
+        found[f"{_label(count, 1)}, {steps.BATCH} data per step each"] = (count, 1, steps.BATCH)
     return found
+
+
+def _label(processes: int, threads: int) -> str:
+    label = ONE if processes == 1 else f"{processes} processes"
+    return label if threads == 1 else f"{label}, {threads} threads"
 
 
 def _share(count: int, scale: float) -> int:

@@ -33,7 +33,7 @@ class Options:
     """Draws per datum of that."""
     threads: int
     """Threads of each process."""
-    epochs: int = 4
+    epochs: int = 3
     """Epochs; the first one, which records and compiles, is told apart."""
 
 

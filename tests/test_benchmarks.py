@@ -126,14 +126,21 @@ def test_processes_share_a_batch_or_have_one_each() -> None:
     assert scaling.rows([1]) == {scaling.ONE: (1, 1, 128)}
 
 
-@pytest.mark.parametrize("name", ["epoch", "scaling"])
-def test_kept_timings_are_rendered(name: str) -> None:
-    ours = {"epoch": "fit, captured, compiled", "scaling": "1 process"}[name]
+def record(**results: Any) -> dict[str, Any]:
+    versions, machine = {"torch": "1", "pyro": "2"}, {"cores": 2, "processor": "x86_64"}
+    return {"results": results, "versions": versions, "machine": machine, "seconds": 1.0, "peak_memory_mib": 1}
+
+
+@pytest.mark.parametrize(("name", "ours"), [("epoch", "fit, captured, compiled"), ("scaling", "1 process")])
+def test_kept_timings_are_rendered(name: str, ours: str) -> None:
     rows = module("side_by_side").summaries({ours: [1.0] * 3, "another": [4.0] * 3}, ours, {}, {})
-    results = {"cases": {"one": rows}, "data": 60000, "batch": 128, "threads": 2, "evaluated": 2000}
-    versions = {"torch": "1", "pyro": "2"}
-    machine = {"cores": 2, "processor": "x86_64"}
-    record = {"results": {**results, "num_particles": 100}, "versions": versions, "machine": machine}
-    text = getattr(module("render"), name)({**record, "seconds": 1.0, "peak_memory_mib": 1})
+    kept = record(cases={"one": rows}, data=60000, batch=128, threads=2, evaluated=2000, num_particles=100)
+    text = getattr(module("render"), name)(kept)
     assert "| another | 4.000 | 4.000–4.000 | 0.25 |" in text
     assert "60 000 data" in text
+
+
+def test_growth_is_rendered_with_its_slopes() -> None:
+    axis = {"work": "epoch", **module("growth").grown({10: [0.001] * 3, 100: [0.01] * 3})}
+    text = module("render").growth(record(axes={"data": axis}))
+    assert "| data, per epoch | 10: 1.00, 100: 10.00 | 1.00 | 1.00 |" in text
