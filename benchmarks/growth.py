@@ -135,6 +135,8 @@ def drawn(axes: dict[str, Any]) -> Figure:
         sizes = [int(size) for size in record["median_ms"]]
         ax.loglog(sizes, list(record["median_ms"].values()), "o-")
         ax.fill_between(sizes, *zip(*record["quartiles_ms"].values(), strict=True), alpha=0.3)
+        ax.set_xticks(sizes, [str(size) for size in sizes])
+        ax.minorticks_off()
         ax.set_xlabel(axis)
         ax.set_ylabel(f"ms per {record['work']} (median, quartiles)")
         ax.set_title(f"slope {record['slope']:.2f}, last {record['last_slope']:.2f}", fontsize=10)
