@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,6 +12,10 @@ from pyro_vae.pair import Pair, check_measures, device_of, evaluation, sample_si
 from pyro_vae.randomness import own_random_state
 
 __all__ = ["check_batch", "check_support", "check_tensor", "refuse_outside"]
+
+# Entries that are looked at together. Marks of them all would take twice what the data do, which may be a file mapped
+# into memory.
+ENTRIES = 2**20
 
 
 def check_batch(pair: Pair, batch: tuple[Tensor, ...], argument: str = "x") -> None:
@@ -50,12 +55,28 @@ def check_tensor(x: Tensor, dtype: torch.dtype, argument: str) -> None:
 def _check_finite(x: Tensor, argument: str) -> None:
     if not x.is_floating_point():
         return
-    bad = ~torch.isfinite(x)
-    if count := int(bad.sum()):
-        first = tuple(int(i) for i in bad.nonzero()[0])
+    count, first = _marked(~torch.isfinite(part) for part in _parts(x))
+    if count:
         raise ValueError(
             f"{argument} has {count} NaN or infinite value{'s' if count > 1 else ''}, the first at index {first}"
         )
+
+
+def _parts(x: Tensor) -> tuple[Tensor, ...]:
+    """Return data in parts by rows."""
+    return x.split(max(1, ENTRIES * len(x) // max(1, x.numel())))
+
+
+def _marked(parts: Iterable[Tensor]) -> tuple[int, tuple[int, ...]]:
+    """Return how many entries are true in consecutive parts by rows, and the index of the first."""
+    count, first, start = 0, (), 0
+    for marks in parts:
+        found = int(marks.sum())
+        if found and not count:
+            row, *others = marks.nonzero()[0].tolist()
+            first = (start + row, *others)
+        count, start = count + found, start + len(marks)
+    return count, first
 
 
 def check_support(pair: Pair, batch: tuple[Tensor, ...], argument: str, seen: Tensor | None = None) -> None:
@@ -82,15 +103,16 @@ def refuse_outside(site: Any, value: Tensor, argument: str, seen: Tensor | None 
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
     # A support that depends on a batch's parameters has its shape; Pyro checks it batch by batch.
-    bad = ~support.check(value)
-    if bad.shape != value.shape:
+    if support.check(value[:1]).shape != value[:1].shape:
         return
-    bad = bad if seen is None else bad & seen
-    if not bad.any():
+    outside = (~support.check(part) for part in _parts(value))
+    if seen is not None:
+        outside = (bad & part for bad, part in zip(outside, _parts(seen.expand_as(value)), strict=True))
+    count, first = _marked(outside)
+    if not count:
         return
-    first = tuple(int(i) for i in bad.nonzero()[0])
     raise ValueError(
-        f"{argument} has {int(bad.sum())} values outside the support of site '{site['name']}' ({support}), the first "
+        f"{argument} has {count} values outside the support of site '{site['name']}' ({support}), the first "
         f"{float(value[first]):.4g} at index {first}: use a Bernoulli for data in {{0, 1}} (pv.data.binarise), a "
         "continuous Bernoulli for [0, 1], a discretised logistic for gray levels (with the data's own number of "
         "levels), a Gaussian for real data"

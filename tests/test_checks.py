@@ -43,6 +43,21 @@ def test_data_outside_the_support_are_refused_wherever_they_enter(use: Any) -> N
         use(bernoulli_vae(), gray())
 
 
+@pytest.mark.parametrize("entries", [1, 16, 40, 2**20])
+def test_data_looked_at_in_parts_are_counted_as_a_whole(entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pyro_vae.checks.ENTRIES", entries)
+    x = torch.ones(5, 1, 4, 4)
+    x[2, 0, 1, 3] = x[4, 0, 0, 0] = 0.4
+    with pytest.raises(ValueError, match=r"2 values outside .* 0\.4 at index \(2, 0, 1, 3\)"):
+        pv.log_likelihood(bernoulli_vae(), x)
+    # Entries that are not seen do not count, in whichever part.
+    with pytest.raises(ValueError, match=r"1 values outside .* 0\.4 at index \(4, 0, 0, 0\)"):
+        pv.impute(bernoulli_vae(), x, torch.arange(5).view(5, 1, 1, 1).expand_as(x) > 2)
+    x[3, 0, 2, 2], x[4, 0, 0, 0] = math.nan, math.inf
+    with pytest.raises(ValueError, match=r"2 NaN or infinite values, the first at index \(3, 0, 2, 2\)"):
+        pv.log_likelihood(bernoulli_vae(), x)
+
+
 def test_missing_entries_may_hold_anything() -> None:
     x, seen = gray(), torch.zeros(3, 1, 4, 4, dtype=torch.bool)
     assert set(pv.impute(bernoulli_vae(), x, seen, num_samples=2, sweeps=1, seed=0).samples.unique().tolist()) <= {0, 1}
