@@ -13,8 +13,9 @@ from pyro_vae.networks import MLP
 from pyro_vae.report import markdown_table
 
 TITLE = "IWAE, static MNIST, 784–200–200–50"
-# Stage i of the published eight lasts 3^(i − 1) epochs at a rate of 1e-3 · 10^(−(i − 1) / 7).
-STAGES, PUBLISHED_EPOCHS = (1, 3, 9, 27), 3280
+# Stage i of the published eight lasts 3^(i − 1) epochs at a rate of 1e-3 · 10^(−(i − 1) / 7). The fourth, of 27, is cut
+# short.
+STAGES, PUBLISHED_EPOCHS = (1, 3, 9, 9), 3280
 PUBLISHED = {1: 88.71, 5: 87.63, 50: 87.10}
 
 
@@ -98,8 +99,8 @@ def table(record: dict[str, Any]) -> str:
     some = next(iter(results["k"].values()))["some"]
     return (
         f"{markdown_table(header, rows)}\n\n"
-        f"The first {len(results['stages'])} of the published eight stages, {sum(results['stages'])} epochs of "
-        f"{PUBLISHED_EPOCHS}, batch 20, Adam begun anew at each stage; k = 1 is the VAE. K = 5000 on "
+        f"{' + '.join(map(str, results['stages']))} epochs at the rates of the published first "
+        f"{len(results['stages'])} of eight stages (published: 1 + 3 + 9 + 27 + …, {PUBLISHED_EPOCHS}), batch 20, Adam begun anew at each stage; k = 1 is the VAE. K = 5000 on "
         f"{some['data']} test digits after a seeded shuffle (± standard error over data), the same for every k. "
         f"One seed. {provenance(record)}"
     )

@@ -14,10 +14,12 @@ from pyro_vae.networks import MLP
 from pyro_vae.report import markdown_table
 
 TITLE = "VAE, static MNIST, 784–400–40"
-SEEDS, EPOCHS, PUBLISHED_EPOCHS, LR = (0, 1, 2), 500, 500, 1e-4
-# The rate is divided by 10^(1/5) after these epochs, and the best epoch by validation is kept, as published; here
-# training ends when this many epochs were no better.
-MILESTONES, PATIENCE = (200, 350), 100
+# About as far as the published 500 epochs at 1e-4 go, in a third of the time.
+SEEDS, EPOCHS, LR = (0, 1, 2), 150, 3e-4
+PUBLISHED_EPOCHS, PUBLISHED_LR = 500, 1e-4
+# The rate is divided by 10^(1/5) after these shares of the epochs, and the best epoch by validation is kept, as
+# published; here training ends when this many epochs were no better.
+MILESTONES, PATIENCE = (0.4, 0.7), 50
 # A table of reproductions by another library, which quotes 89.9 and reached 89.78.
 PUBLISHED, RERUN = 89.9, 89.78
 
@@ -40,12 +42,13 @@ def _one(data: pv.data.DataSet, seed: int, epochs: int) -> dict[str, Any]:
     )
     name = f"static_mnist_vae/{epochs}-{seed}"
     settings = {"epochs": epochs, "batch_size": 100, "lr": LR, "seed": seed, "patience": PATIENCE}
-    seconds, negative_elbo = trained(pair, data, name, scheduler=_lowered, **settings)
+    seconds, negative_elbo = trained(pair, data, name, scheduler=lambda adam: _lowered(adam, epochs), **settings)
     return {"seconds": seconds, "negative_elbo": negative_elbo, **evaluated(pair, data, name)}
 
 
-def _lowered(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-    return torch.optim.lr_scheduler.MultiStepLR(optimizer, MILESTONES, 10 ** (-1 / 5))
+def _lowered(optimizer: torch.optim.Optimizer, epochs: int) -> torch.optim.lr_scheduler.LRScheduler:
+    milestones = [round(share * epochs) for share in MILESTONES]
+    return torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, 10 ** (-1 / 5))
 
 
 def table(record: dict[str, Any]) -> str:
@@ -74,6 +77,6 @@ def table(record: dict[str, Any]) -> str:
         f"published {PUBLISHED} and, by another library, {RERUN}, both with 200 samples: "
         f"{sum(means) / len(means) - PUBLISHED:+.2f} nats. K = 5000 on {some['data']} digits after a seeded shuffle, "
         f"the same for every seed. At most {results['epochs']} epochs (published: {PUBLISHED_EPOCHS}), the best by "
-        f"validation; batch 100, Adam at {LR:g}, lowered by a factor of 10^(1/5) after epochs "
-        f"{' and '.join(map(str, MILESTONES))}. {provenance(record)}"
+        f"validation; batch 100, Adam at {LR:g} (published: {PUBLISHED_LR:g}), lowered by a factor of 10^(1/5) after "
+        f"{' and '.join(f'{share:.0%}' for share in MILESTONES)} of them. {provenance(record)}"
     )

@@ -15,9 +15,9 @@ from pyro_vae.networks import GatedMLP
 from pyro_vae.report import markdown_table
 
 TITLE = "VampPrior, static MNIST, gated 784–300–300–40, 500 pseudo-inputs"
-EPOCHS, PATIENCE = 30, 15
+EPOCHS, PATIENCE = 20, 20
 # The published warm-up takes 100 epochs.
-WARMUP, LR = 10, 5e-4
+WARMUP, LR = 5, 5e-4
 SEEDS = (0, 1)
 LATENT = 40
 PSEUDO_INPUTS = 500
