@@ -100,7 +100,8 @@ def table(record: dict[str, Any]) -> str:
     return (
         f"{markdown_table(header, rows)}\n\n"
         f"{' + '.join(map(str, results['stages']))} epochs at the rates of the published first "
-        f"{len(results['stages'])} of eight stages (published: 1 + 3 + 9 + 27 + …, {PUBLISHED_EPOCHS}), batch 20, Adam begun anew at each stage; k = 1 is the VAE. K = 5000 on "
+        f"{len(results['stages'])} of eight stages (published: 1 + 3 + 9 + 27 + …, {PUBLISHED_EPOCHS}), batch 20, "
+        f"Adam begun anew at each stage; k = 1 is the VAE. K = 5000 on "
         f"{some['data']} test digits after a seeded shuffle (± standard error over data), the same for every k. "
         f"One seed. {provenance(record)}"
     )
