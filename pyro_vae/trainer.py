@@ -206,7 +206,11 @@ class Trainer:
         return {"validation_loss": total, "terms": terms, "monitor": monitor}
 
     def _best_epoch(self) -> int:
-        return int(min(self.metrics, key=lambda record: float(record["validation_loss"]))["epoch"])
+        def loss(record: dict[str, Any]) -> float:
+            # NaN compares as neither better nor worse, so that a first one would stay the best.
+            return math.inf if math.isnan(record["validation_loss"]) else record["validation_loss"]
+
+        return int(min(self.metrics, key=loss)["epoch"])
 
     def out_of_patience(self) -> bool:
         """Tell whether the validation loss has not improved for ``patience`` epochs."""

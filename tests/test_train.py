@@ -19,6 +19,7 @@ from pyro_vae.capture import CaptureError
 from pyro_vae.models import VAE, LinearGaussianMixtureVAE, LinearGaussianVAE
 from pyro_vae.objectives import elbo, iwae
 from pyro_vae.pair import LogTerms
+from pyro_vae.trainer import Trainer
 
 
 def vae() -> VAE:
@@ -190,6 +191,22 @@ def test_early_stopping_restores_the_best() -> None:
     # Every weight is log p(x), whatever was drawn, so that the loss identifies the parameters.
     with torch.no_grad():
         assert -float(pair.exact_log_likelihood(held_out).mean()) == pytest.approx(losses[best], rel=1e-10)
+
+
+def test_an_epoch_without_a_validation_loss_is_never_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    follow = Trainer._follow
+
+    def nan_at_first(trainer: Trainer) -> dict[str, Any]:
+        record = follow(trainer)
+        return record | {"validation_loss": math.nan} if trainer.epoch == 0 else record
+
+    monkeypatch.setattr(Trainer, "_follow", nan_at_first)
+    pair, other = vae(), vae()
+    other.load_state_dict(pair.state_dict())
+    fit(pair, data(), epochs=3, validation=0.25, patience=1)
+    fit(other, data(), epochs=1, validation=0.25)
+    # The loss falls from epoch to epoch here: the third is the best.
+    assert not same(state(pair), state(other))
 
 
 # Randomness
