@@ -31,7 +31,7 @@ from pyro_vae.figures import image_grid, save_figure, super_resolution_grid
 from pyro_vae.inputs import resolve_device, split
 from pyro_vae.memory import MEBIBYTE
 from pyro_vae.models import OPTIONS
-from pyro_vae.pair import Pair
+from pyro_vae.pair import Pair, device_of
 from pyro_vae.predict import generate, super_resolve
 from pyro_vae.processes import LostProcessError, Processes, join
 from pyro_vae.report import (
@@ -41,6 +41,7 @@ from pyro_vae.report import (
     write_figures,
     write_loss_terms,
     write_report,
+    write_scores,
 )
 from pyro_vae.train import fit
 from pyro_vae.training_options import Training
@@ -48,6 +49,15 @@ from pyro_vae.training_options import Training
 __all__ = ["main"]
 
 console = Console()
+# The options of training that fit takes as they are.
+SETTINGS = (
+    *("epochs", "batch_size", "lr", "beta", "warmup", "clip_norm", "patience"),
+    *("compiled", "precision", "tf32", "seed", "device", "resume"),
+)
+# The folder, inside a run's, of the training that comes before a model's start.
+EARLY = "before_start"
+# Of the means that one command draws; they lie in memory together.
+MOST_BYTES = 2**30
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,10 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # tyro reads the options' fields from these classes, one per model: training options and the model's own.
     trains = tuple(
         Annotated[
-            dataclasses.make_dataclass(f"Train_{name}", [("model", options), ("training", Training)], frozen=True),
+            dataclasses.make_dataclass(f"Train_{name}", [("model", options), ("training", how)], frozen=True),
             tyro.conf.subcommand(name, description=options.__doc__),
         ]
         for name, options in OPTIONS.items()
+        for how in [getattr(options, "training", Training)]
     )
     # Unions made at run time: Union[...] rather than |, which takes no tuple.
     train = dataclasses.make_dataclass("Train", [("what", Union[trains])], frozen=True)  # noqa: UP007
@@ -131,13 +142,14 @@ def _list() -> None:
         table.add_row(name, (options.__doc__ or "").strip())
     console.print(table)
     console.print("data sets: " + ", ".join(data_sets.NAMES), highlight=False)
+    console.print("graphs, for vgae: " + ", ".join(data_sets.GRAPHS), highlight=False)
 
 
 def _train(name: str, options: Any, training: Training) -> tuple[Path, Pair, DataSet]:
     processes = _join(training.device)
     if training.download:
-        processes.from_first(lambda: bool(_load_data(training.data, training.data_root, download=True)))
-    data = _load_data(training.data, training.data_root)
+        processes.from_first(lambda: bool(_load_data(options, training.data, training.data_root, download=True)))
+    data = _load_data(options, training.data, training.data_root)
     folder = training.run_dir or Path("runs") / f"{name}-{training.data}"
     torch.manual_seed(training.seed)
     validation = data.validation if data.validation is not None else training.validation or None
@@ -147,41 +159,49 @@ def _train(name: str, options: Any, training: Training) -> tuple[Path, Pair, Dat
     loss, num_particles = training.make_loss(options, pair, len(train[0]))
     record = folder / "metrics.jsonl"
     begun = len(record.read_text(encoding="utf-8").splitlines()) if training.resume and record.exists() else 0
-    run = fit(
-        pair,
-        data.train,
-        epochs=training.epochs,
-        batch_size=training.batch_size,
-        loss=loss,
-        num_particles=num_particles,
-        validation=validation,
-        lr=training.lr,
-        beta=training.beta,
-        warmup=training.warmup,
-        clip_norm=training.clip_norm,
-        patience=training.patience,
-        capture="auto" if training.capture == "auto" else training.capture == "true",
-        compiled=training.compiled,
-        precision=training.precision,
-        tf32=training.tf32,
-        seed=training.seed,
-        device=training.device,
-        run_dir=folder,
-        resume=training.resume,
-        config={"model": name, "data": training.data, "options": dataclasses.asdict(options)},
-    )
+    settings: dict[str, Any] = {
+        "loss": loss,
+        "num_particles": num_particles,
+        "validation": validation,
+        "capture": "auto" if training.capture == "auto" else training.capture == "true",
+        "config": {"model": name, "data": training.data, "options": dataclasses.asdict(options)},
+    }
+    settings |= {field: getattr(training, field) for field in SETTINGS}
+    settings |= _train_early(options, pair, data, folder, train[0], settings)
+    run = fit(pair, data.train, run_dir=folder, **settings)
     if not processes.is_first:
         return folder, pair, data
-    # What was trained in double precision is reported in the data's own.
-    pair.to("cpu", data.train.dtype)
+    # What was trained in double precision is reported in that of the data.
+    pair.to("cpu", data.train.dtype if data.train.is_floating_point() else torch.get_default_dtype())
     if len(run.metrics) > begun:
         # An earlier evaluation was of other parameters.
         forget_likelihood(folder)
     write_loss_terms(folder, pair, data)
     write_collapse(folder, pair, data)
     write_figures(folder, pair, data, run.metrics)
+    if hasattr(options, "scores"):
+        for line in write_scores(folder, options.scores(pair, data)):
+            console.print(line, soft_wrap=True, markup=False, highlight=False)
     console.print(f"report: {write_report(folder)}", soft_wrap=True, markup=False)
     return folder, pair, data
+
+
+def _train_early(
+    options: Any, pair: Pair, data: DataSet, folder: Path, train: torch.Tensor, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Train as far as a model's start takes, in a folder of its own, and return what that changes in the rest."""
+    epochs = getattr(options, "early_epochs", 0)
+    if not epochs:
+        return {}
+    # The checkpoint of a run that is past it holds all there is of it.
+    if not (settings["resume"] and (folder / "config.json").exists()):
+        if (folder / "config.json").exists():
+            raise ValueError(f"{folder} already holds a run: choose another folder, or continue it (--resume)")
+        fit(pair, data.train, run_dir=folder / EARLY, **{**settings, "epochs": epochs})
+        options.start(pair, train.to(device_of(pair), next(pair.parameters()).dtype))
+        settings = {**settings, "resume": False}
+    # The warm-up is over by then.
+    return {"resume": settings["resume"], "warmup": 0}
 
 
 def _join(device: str) -> Processes:
@@ -190,7 +210,10 @@ def _join(device: str) -> Processes:
     return processes
 
 
-def _load_data(name: str, root: str | None, download: bool = False) -> DataSet:
+def _load_data(options: Any, name: str, root: str | None, download: bool = False) -> DataSet:
+    if hasattr(options, "load"):
+        loaded: DataSet = options.load(name, root)
+        return loaded
     try:
         return data_sets.load(name, root, download=download)
     except RuntimeError as error:
@@ -210,11 +233,11 @@ def load_run(folder: Path, data_root: str | None = None) -> tuple[Pair, DataSet]
             f"{folder}/config.json names no model of the command line ({', '.join(OPTIONS)}); "
             "evaluate a pair of your own with pv.log_likelihood"
         )
-    data = _load_data(config["data"], data_root)
     try:
         options = OPTIONS[config["model"]](**config["options"])
     except TypeError as error:
         raise ValueError(f"{folder}/config.json is damaged, or of another version: {error}") from error
+    data = _load_data(options, config["data"], data_root)
     pair = options.build(data)
     load_parameters(pair, folder / "checkpoint" / "pair.safetensors")
     return pair.eval(), data
@@ -247,9 +270,17 @@ def _report_likelihood(folder: Path, ll: LogLikelihood) -> None:
 
 def _sample(command: Sample) -> None:
     pair, data = load_run(command.run, command.data_root)
+    size = data.test[0].numel() * torch.get_default_dtype().itemsize
+    if command.num_samples * size > MOST_BYTES:
+        raise ValueError(
+            f"num_samples is {command.num_samples}; each takes {size // MEBIBYTE} MiB, {MOST_BYTES // MEBIBYTE} MiB is "
+            f"the most that is drawn at once: ask for {MOST_BYTES // size} at most"
+        )
     drawn = generate(pair, command.num_samples, seed=command.seed)
-    rows = list(drawn.mean[:100].split(10))
-    figure = image_grid(rows, [""] * len(rows), f"Samples, {data.name}, seed {command.seed}")
+    figure = None
+    if data.links is None:
+        rows = list(drawn.mean[:100].split(10))
+        figure = image_grid(rows, [""] * len(rows), f"Samples, {data.name}, seed {command.seed}")
     _keep(command.run / "samples", figure, x=drawn.x, mean=drawn.mean)
 
 
@@ -266,8 +297,8 @@ def _super_resolve(command: SuperResolve) -> None:
     _keep(command.run / "super_resolution", figure, y=y, samples=result.samples, mean=result.means.mean(0))
 
 
-def _keep(path: Path, figure: Figure, **arrays: torch.Tensor) -> None:
-    """Write arrays and their picture beside each other."""
+def _keep(path: Path, figure: Figure | None, **arrays: torch.Tensor) -> None:
+    """Write arrays and, where they have one, their picture beside them."""
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
@@ -275,8 +306,11 @@ def _keep(path: Path, figure: Figure, **arrays: torch.Tensor) -> None:
             np.savez_compressed(file, **numbers)
 
     write_whole(path.with_suffix(".npz"), write)
-    save_figure(figure, path.with_suffix(".png"))
-    console.print(f"wrote {path.with_suffix('.npz')} and {path.with_suffix('.png')}", soft_wrap=True, markup=False)
+    written = str(path.with_suffix(".npz"))
+    if figure is not None:
+        save_figure(figure, path.with_suffix(".png"))
+        written += f" and {path.with_suffix('.png')}"
+    console.print(f"wrote {written}", soft_wrap=True, markup=False)
 
 
 def _demo(command: Demo) -> None:

@@ -166,13 +166,28 @@ def convex_kl_bound(q: Any, mixture: GaussianMixture) -> Tensor:
 
 
 def kl_to_prior(q: Any, prior: Any, mixture_kl: MixtureKL) -> Tensor:
-    """Return KL(q ‖ prior), closed for two Gaussians, ``mixture_kl`` where the prior is a mixture."""
+    """Return KL(q ‖ prior), closed for two Gaussians, ``mixture_kl`` where the prior is a mixture.
+
+    Raises:
+        ValueError: for a guide or a prior of another kind, such as one under a flow.
+    """
     if isinstance(prior, GaussianMixture):
         return mixture_kl(q, prior)
+    for what, distribution in (("guide", q), ("prior", prior)):
+        _check_gaussian(distribution, what)
     other = prior.base_dist
     if isinstance(q, MultivariateNormal):
         return kl_full(q.loc, q.scale_tril, other.loc, torch.diag_embed(other.scale))
     return kl_diagonal(q.base_dist.loc, q.base_dist.scale, other.loc, other.scale)
+
+
+def _check_gaussian(distribution: Any, whose: str) -> None:
+    base = distribution.base_dist if isinstance(distribution, Independent) else distribution
+    if not isinstance(base, (Normal, MultivariateNormal)):
+        raise ValueError(
+            f"the {whose}'s distribution of a latent is {type(base).__name__}, and no Gaussian: the divergence has no "
+            "closed form; sample it instead, by Trace_ELBO or by pv.log_terms and pv.objectives.elbo"
+        )
 
 
 def _mixture_weights(mixture: GaussianMixture) -> Tensor:
@@ -180,6 +195,7 @@ def _mixture_weights(mixture: GaussianMixture) -> Tensor:
 
 
 def _component_kls(q: Any, mixture: GaussianMixture) -> Tensor:
+    _check_gaussian(q, "guide")
     components = mixture.component_distribution.base_dist
     if isinstance(q, MultivariateNormal):
         factors = torch.diag_embed(components.scale)

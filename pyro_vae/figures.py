@@ -110,7 +110,9 @@ def scales(pair: Pair, data: DataSet, metrics: list[dict[str, Any]]) -> Figure |
 
 
 def reconstructions(pair: Pair, data: DataSet, metrics: list[dict[str, Any]]) -> Figure | None:
-    """Draw test data above their reconstructions."""
+    """Draw test data above their reconstructions; None for a graph, which is no picture."""
+    if data.links is not None:
+        return None
     x = data.test[:10]
     return image_grid(
         [x, reconstruct(pair, x, seed=0).mean[0]], ["test x", "E[x | z]"], f"Reconstructions, {data.name}"
@@ -118,7 +120,9 @@ def reconstructions(pair: Pair, data: DataSet, metrics: list[dict[str, Any]]) ->
 
 
 def samples(pair: Pair, data: DataSet, metrics: list[dict[str, Any]]) -> Figure | None:
-    """Draw means of p(x | …) for latents from the prior, one row per mixture component."""
+    """Draw means of p(x | …) for latents from the prior, one row per mixture component; None for a graph."""
+    if data.links is not None:
+        return None
     prior, site = getattr(pair, "prior", None), "u" if hasattr(pair, "y_shape") else "z"
     if not isinstance(prior, MixtureOfGaussians):
         rows = list(generate(pair, 50, seed=0).mean.split(10))
@@ -159,8 +163,11 @@ def super_resolution_grid(x: Tensor, y: Tensor, result: SuperResolution, name: s
 
 
 def latent_map(pair: Pair, data: DataSet, metrics: list[dict[str, Any]]) -> Figure | None:
-    """Draw the guide's means for test data on their two leading principal axes."""
-    latents = posterior(pair, data.test[:1000], num_particles=8, seed=0).latents
+    """Draw the guide's means for test data, or for a graph's nodes, on their two leading principal axes."""
+    x, classes = (data.test[:1000], data.test_labels) if data.links is None else (data.train, data.links.train.labels)
+    latents = posterior(pair, x, num_particles=8, seed=0).latents
+    if data.links is not None:
+        latents = {name: z.squeeze(1) for name, z in latents.items()}
     continuous = [name for name, z in latents.items() if z.dim() == 3 and z.is_floating_point()]
     if not continuous:
         return None
@@ -171,7 +178,7 @@ def latent_map(pair: Pair, data: DataSet, metrics: list[dict[str, Any]]) -> Figu
         means = means - means.mean(0)
         _, _, directions = torch.linalg.svd(means, full_matrices=False)
         points = means @ directions[:2].mT if means.shape[-1] > 1 else torch.cat([means, 0 * means], -1)
-        labels = None if data.test_labels is None else data.test_labels[: len(points)].numpy()
+        labels = None if classes is None else classes[: len(points)].numpy()
         colours = None if labels is None else "tab10"
         scatter = ax.scatter(points[:, 0].numpy(), points[:, -1].numpy(), c=labels, cmap=colours, s=8)
         ax.set_xlabel(f"first principal axis of E[{name} | x]")

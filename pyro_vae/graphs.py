@@ -1,8 +1,8 @@
-"""What a graph needs of a model: a convolution over its edges, a distribution over its edges, and a training loss."""
+"""What a graph needs of a model: a convolution and a distribution over its edges, a training loss, and scores."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import pyro.distributions as dist
 import torch
@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributions import constraints
 from torch.nn.functional import logsigmoid
 
-__all__ = ["BalancedGraphLoss", "GraphConvolutions", "InnerProductGraph"]
+__all__ = ["BalancedGraphLoss", "GraphConvolutions", "InnerProductGraph", "LinkScores", "link_scores"]
 
 # Pairs of nodes taken at once, 1 MiB in float32: what is computed from them stays in a core's cache, and a network of
 # twenty thousand nodes, whose logits are 1.5 GB, takes no more.
@@ -26,6 +26,8 @@ class GraphConvolutions(nn.Module):
     Â ReLU(Â X W₀) W₁,   Â = D^−½ (A + I) D^−½,   D the degrees of A + I
 
     Each is a product with a sparse matrix, whose entries are gathered along the edges. An isolated node sees itself.
+    It is the convolution that torch_geometric calls ``GCNConv``, written out here because importing torch_geometric
+    (2.8) warns under this torch of ``torch.jit.script``, which it calls while it is imported.
 
     Args:
         num_nodes: N.
@@ -201,3 +203,40 @@ class BalancedGraphLoss(TraceMeanField_ELBO):
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
         return super()._get_trace(_BalanceEdges()(model), guide, args, kwargs)
+
+
+class LinkScores(NamedTuple):
+    """How well pairs of nodes that are linked are told from pairs that are not.
+
+    ``auc`` is the area under the ROC curve, the chance that a linked pair scores above an unlinked one;
+    ``average_precision`` the precision averaged over the recall that each linked pair adds.
+    """
+
+    auc: float
+    average_precision: float
+
+
+def link_scores(linked: Tensor, unlinked: Tensor) -> LinkScores:
+    """Hold the scores of linked pairs against those of unlinked ones, as link prediction is reported.
+
+    Args:
+        linked: scores of held-out links, (M,), higher for likelier.
+        unlinked: scores of unlinked pairs, (M',).
+
+    Returns:
+        :class:`LinkScores`, each between 0 and 1.
+
+    Raises:
+        ValueError: when either is empty.
+
+    >>> link_scores(torch.tensor([0.9, 0.4]), torch.tensor([0.3, 0.6])).auc
+    0.75
+    """
+    if len(linked) == 0 or len(unlinked) == 0:
+        raise ValueError(f"{len(linked)} links and {len(unlinked)} unlinked pairs: scoring needs some of each")
+    # Imported here, for it takes a second to import and everything else does without it.
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
+    truth = [1] * len(linked) + [0] * len(unlinked)
+    scores = torch.cat([linked, unlinked]).cpu().numpy()
+    return LinkScores(float(roc_auc_score(truth, scores)), float(average_precision_score(truth, scores)))

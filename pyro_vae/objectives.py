@@ -90,7 +90,7 @@ def renyi(alpha: float) -> Objective:
     return _named(objective, f"renyi({alpha:g})")
 
 
-def beta_elbo(beta: float) -> Objective:
+def beta_elbo(beta: float | Annealed) -> Objective:
     """Return the ELBO with its divergence weighed by β.
 
     (1/K) Σ_k [log p(x | z_k) + β (log p(z_k) − log q(z_k | x))]
@@ -99,7 +99,7 @@ def beta_elbo(beta: float) -> Objective:
     A site that the guide fixes to a point mass counts as data and keeps its weight.
 
     Args:
-        beta: β ≥ 0.
+        beta: β ≥ 0, a number or one that moves: a module of the pair, so that :func:`~pyro_vae.fit` moves it.
 
     Returns:
         An objective, log-terms (K, B) to (B,), in nats, named ``beta_elbo(β)``.
@@ -113,13 +113,12 @@ def beta_elbo(beta: float) -> Objective:
     >>> beta_elbo(4.0)(LogTerms(torch.zeros(4, 2), torch.zeros(4, 2), torch.ones(4, 2)))
     tensor([-4., -4.])
     """
-    if not 0 <= beta < math.inf:
-        raise ValueError(f"beta is {beta}; the weight of the divergence must be finite and at least 0")
+    weight, name = _weight(beta)
 
     def objective(terms: LogTerms) -> Tensor:
-        return (terms.log_lik + beta * (terms.log_prior - terms.log_guide)).mean(0)
+        return (terms.log_lik + weight() * (terms.log_prior - terms.log_guide)).mean(0)
 
-    return _named(objective, f"beta_elbo({beta:g})")
+    return _named(objective, f"beta_elbo({name})", annealed=beta)
 
 
 def capacity_elbo(weight: float, capacity: Annealed) -> Objective:
@@ -157,27 +156,29 @@ def capacity_elbo(weight: float, capacity: Annealed) -> Objective:
         divergence = (terms.log_guide - terms.log_prior).mean()
         return terms.log_lik.mean(0) - weight * (divergence - capacity()).abs()
 
-    objective.annealed = capacity  # type: ignore[attr-defined]
-    way = f"{capacity.start:g} to {capacity.end:g} in {capacity.epochs:g} epochs"
-    return _named(objective, f"capacity_elbo({weight:g}, {way})")
+    return _named(objective, f"capacity_elbo({weight:g}, {_way(capacity)})", annealed=capacity)
 
 
-def free_bits(floor: float) -> Objective:
+def free_bits(floor: float, beta: float | Annealed = 1.0) -> Objective:
     """Return the ELBO in which no latent site gains from a divergence below λ, its free bits.
 
-    (1/K) Σ_k log p(x | z_k) − Σ_sites max(λ, KL_site),   KL_site averaged over draws and over the batch
+    (1/K) Σ_k log p(x | z_k) − β Σ_sites max(λ, KL_site),   KL_site averaged over draws and over the batch
 
     A site whose divergence is above λ counts as in the ELBO, one below adds the constant λ and has no gradient of its
     own, so that it is free to carry that much. The batch's mean decides, one draw of one datum being too noisy to.
+    With a β that rises from 0 to 1, kept by the pair, free bits come with a warm-up:
+    ``pair.beta = pv.Annealed(0.0, 1.0, epochs=10); pv.fit(pair, x, loss=free_bits(2.0, pair.beta))``.
 
     Args:
         floor: λ ≥ 0, nats per datum and site; 0 leaves the ELBO, up to estimates below zero.
+        beta: β ≥ 0, a number or one that moves: a module of the pair, so that :func:`~pyro_vae.fit` moves it.
 
     Returns:
-        An objective, log-terms (K, B) to (B,), in nats, at most the ELBO in the batch's mean; named ``free_bits(λ)``.
+        An objective, log-terms (K, B) to (B,), in nats; at β = 1 at most the ELBO in the batch's mean, and named
+        ``free_bits(λ)``.
 
     Raises:
-        ValueError: for λ that is negative or not finite.
+        ValueError: for λ or β that is negative or not finite.
 
     Reference:
         Kingma, Salimans, Jozefowicz, Chen, Sutskever and Welling (2016), Improved variational inference with inverse
@@ -190,6 +191,7 @@ def free_bits(floor: float) -> Objective:
     """
     if not 0 <= floor < math.inf:
         raise ValueError(f"floor is {floor}; free bits must be finite and at least 0")
+    weight, name = _weight(beta)
 
     def objective(terms: LogTerms) -> Tensor:
         if not terms.latents and bool((terms.log_guide != terms.log_prior).any()):
@@ -197,13 +199,34 @@ def free_bits(floor: float) -> Objective:
         value = terms.log_lik.mean(0)
         for site in terms.latents.values():
             divergence = (site.log_guide - site.log_model).mean(0)
-            value = value - torch.where(divergence.mean() > floor, divergence, float(floor))
+            value = value - weight() * torch.where(divergence.mean() > floor, divergence, float(floor))
         return value
 
-    return _named(objective, f"free_bits({floor:g})")
+    return _named(objective, f"free_bits({floor:g})" if beta == 1 else f"free_bits({floor:g}, {name})", annealed=beta)
 
 
-def _named(objective: Objective, name: str) -> Objective:
+def _weight(beta: float | Annealed) -> tuple[Callable[[], Tensor | float], str]:
+    """Return what reads β, and how it is called."""
+    if isinstance(beta, Annealed):
+        _check_weight(min(beta.start, beta.end), _way(beta))
+        return beta, _way(beta)
+    _check_weight(beta, str(beta))
+    return lambda: beta, f"{beta:g}"
+
+
+def _check_weight(lowest: float, name: str) -> None:
+    if not 0 <= lowest < math.inf:
+        raise ValueError(f"beta is {name}; the weight of the divergence must be finite and at least 0")
+
+
+def _way(number: Annealed) -> str:
+    return f"{number.start:g} to {number.end:g} in {number.epochs:g} epochs"
+
+
+def _named(objective: Objective, name: str, annealed: object = None) -> Objective:
     # A run's configuration keeps the loss by this name, so that a resumed run is refused under another α or β.
     objective.__name__ = name
+    if isinstance(annealed, Annealed):
+        # By this :func:`~pyro_vae.fit` sees that the number is one of the pair's, which it moves.
+        objective.annealed = annealed  # type: ignore[attr-defined]
     return objective

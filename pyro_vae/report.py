@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,22 @@ from pyro_vae.figures import FIGURES, LIKELIHOOD_FIGURES, collapse, save_figure
 from pyro_vae.pair import Pair, device_of, evaluation, site_terms, to_pair
 from pyro_vae.randomness import own_random_state
 
-__all__ = ["loss_terms", "markdown_table", "record_likelihood", "write_figures", "write_loss_terms", "write_report"]
+__all__ = [
+    "loss_terms",
+    "markdown_table",
+    "record_likelihood",
+    "write_figures",
+    "write_loss_terms",
+    "write_report",
+    "write_scores",
+]
 
 # A standard error from 20 repetitions is itself known to a sixth.
 REPETITIONS = 20
 # Numbers in the data whose loss is taken apart, such as 512 images of 64 pixels: a report is to cost seconds.
 VALUES = 2**15
 PARTICLES = 20
-LIKELIHOOD, COLLAPSE = "log_likelihood.json", "collapse.json"
+LIKELIHOOD, COLLAPSE, SCORES = "log_likelihood.json", "collapse.json", "scores.json"
 
 
 def loss_terms(pair: Pair, *batch: Tensor, seed: int = 0) -> dict[str, dict[str, tuple[float, float]]]:
@@ -104,7 +112,12 @@ def forget_likelihood(folder: Path) -> None:
 
 
 def write_collapse(folder: Path, pair: Pair, data: DataSet) -> None:
-    """Keep :func:`~pyro_vae.collapse_report` of test data in the run folder, with its figure."""
+    """Keep :func:`~pyro_vae.collapse_report` of test data in the run folder, with its figure.
+
+    It takes variances over data, which a single graph has none of: then nothing is kept.
+    """
+    if len(data.test) < 2:
+        return
     report = collapse_report(pair, data.test[:512], seed=0)
     if (figure := collapse(report)) is not None:
         save_figure(figure, folder / "figures" / "collapse.png")
@@ -124,12 +137,19 @@ def write_figures(folder: Path, pair: Pair, data: DataSet, metrics: list[dict[st
     return written
 
 
+def write_scores(folder: Path, scores: Mapping[str, float]) -> list[str]:
+    """Keep what a model is scored by besides its likelihood, and return it line by line."""
+    write_text(folder / SCORES, json.dumps(dict(scores), indent=2) + "\n")
+    return [f"{name}: {value:.3f}" for name, value in scores.items()]
+
+
 CAPTIONS = {
     "loss": "Training and validation −ELBO, and each site's share of it, over epochs.",
     "reconstructions": "Test data above, E[x | z] for one draw of the guide below.",
     "samples": "Means of p(x | …) for latents drawn from the prior; with a mixture prior one row per component.",
     "super_resolution": "For each low-resolution y: draws of x, their mean, their pixel-wise spread, and the truth.",
-    "latent_map": "Test data's latents, means of eight draws of the guide, on their two leading principal axes.",
+    "latent_map": "Latents of test data or of a graph's nodes: means of eight draws of the guide, on their leading two "
+    "principal axes.",
 }
 
 COLLAPSE_CAPTIONS = {
@@ -159,6 +179,9 @@ def write_report(folder: Path) -> Path:
     ]
     if (folder / LIKELIHOOD).exists():
         parts += ["## Log-likelihood of test data", *_likelihood_section(folder)]
+    if (folder / SCORES).exists():
+        rows = [[name, f"{value:.4f}"] for name, value in read_json(folder / SCORES).items()]
+        parts += ["## Scores", markdown_table(["", ""], rows)]
     if (folder / "loss_terms.json").exists():
         parts += ["## −ELBO term by term, by sampling and in closed form", _terms_section(folder)]
     if (folder / COLLAPSE).exists():

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+import tyro
 from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
 
 from pyro_vae.objectives import iwae
@@ -13,7 +14,11 @@ from pyro_vae.pair import Pair
 from pyro_vae.precision import Precision
 from pyro_vae.svi import Loss
 
-__all__ = ["Training"]
+__all__ = ["GraphTraining", "Training"]
+
+T = TypeVar("T")
+# An option that there is no choice about: held at its default, and not shown.
+Held = tyro.conf.Fixed[tyro.conf.Suppress[T]]
 
 
 @dataclass(frozen=True)
@@ -67,10 +72,11 @@ class Training:
     def make_loss(self, options: Any, pair: Pair, num_data: int) -> tuple[Loss, int]:
         """Return the loss over so many data, and the draws per datum that are not its own to make."""
         count = self.num_particles
-        if hasattr(options, "loss"):
-            self._check_own_loss(options.loss(pair, num_data), count)
-        if self.loss == "default" and hasattr(options, "loss"):
-            return options.loss(pair, num_data), count
+        own = options.loss(pair, num_data) if hasattr(options, "loss") else None
+        if own is not None:
+            self._check_own_loss(own, count)
+        if own is not None and self.loss == "default":
+            return own, count
         if self.loss == "iwae" or count < 1:
             return iwae, count
         kind = TraceMeanField_ELBO if self.loss == "mean-field" else Trace_ELBO
@@ -88,10 +94,30 @@ class Training:
         if not weighed and (self.beta != 1 or self.warmup):
             raise ValueError(
                 f"beta is {self.beta}, warmup {self.warmup}, but the model's own loss, {name}, has a weight of its own "
-                "(--weight): leave --beta and --warmup out"
+                "among the model's options: leave --beta and --warmup out"
             )
         if self.loss == "default" and count != 1 and isinstance(loss, ELBO):
             raise ValueError(
                 f"num_particles is {count}, but the model's own loss, {name}, has its own number of draws: leave "
                 "--num-particles out"
             )
+
+
+@dataclass(frozen=True)
+class GraphTraining(Training):
+    """How to train on one graph, which is one datum: an epoch is a step."""
+
+    data: Literal["cora", "citeseer", "pubmed"] = "cora"
+    """Citation network."""
+    epochs: int = 200
+    """Steps on the whole graph."""
+    lr: float = 1e-2
+    """Adam's learning rate."""
+    download: Held[bool] = False
+    batch_size: Held[int] = 1
+    patience: Held[int | None] = None
+    validation: Held[float] = 0.0
+    # The balanced loss looks for links at each step, which no recording does; and beside a step on a whole graph the
+    # time of Pyro's handlers is nothing.
+    capture: Held[Literal["auto", "true", "false"]] = "false"
+    compiled: Held[bool] = False

@@ -41,6 +41,9 @@ def option_cases() -> dict[str, Callable[[], pv.Pair]]:
     """Return each model of the command line, for every value of its options that are choices."""
     cases = {}
     for name, options in OPTIONS.items():
+        if hasattr(options, "load"):
+            # It takes other data than images, and is among CASES by itself.
+            continue
         cases[name] = built(options())
         for field, kind in typing.get_type_hints(options).items():
             for value in typing.get_args(kind) if typing.get_origin(kind) is Literal else ():

@@ -10,6 +10,8 @@ import pyro
 import pytest
 import torch
 
+import pyro_vae as pv
+
 # The tensors here are small: a second thread costs more than it gives.
 torch.set_num_threads(1)
 
@@ -30,3 +32,12 @@ def shared_data() -> Path:
     if not (root / "MNIST").is_dir():
         pytest.skip("needs the real data sets: set PYRO_VAE_DATA to their folder")
     return root
+
+
+@pytest.fixture
+def few_digits(monkeypatch: pytest.MonkeyPatch) -> pv.data.DataSet:
+    """Put a few digits in the place of every data set."""
+    digits = pv.data.load("digits")
+    few = digits._replace(train=digits.train[:256], test=digits.test[:32], test_labels=digits.test_labels[:32])
+    monkeypatch.setattr(pv.data, "load", lambda *_, **__: few)
+    return few

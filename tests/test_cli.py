@@ -22,26 +22,12 @@ from pyro_vae.kept import KeptChunks
 from pyro_vae.train import fit
 from pyro_vae.training_options import Training
 
-SMALL = ("--epochs", "1", "--latent", "2")
+from .cli_cases import SMALL, error
 
 
 @pytest.fixture(autouse=True)
 def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def few_digits(monkeypatch: pytest.MonkeyPatch) -> DataSet:
-    digits = pv.data.load("digits")
-    few = digits._replace(train=digits.train[:256], test=digits.test[:32], test_labels=digits.test_labels[:32])
-    monkeypatch.setattr(pv.data, "load", lambda *_, **__: few)
-    return few
-
-
-def error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """Run a command that must fail as a user's mistake does, and return its message on one line."""
-    assert main(arguments) == 2
-    return " ".join(capsys.readouterr().err.split())
 
 
 def test_list_names_models_and_data(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pyro.infer import Trace_ELBO
 
 import pyro_vae as pv
-from pyro_vae.models import VAE, LinearGaussianVAE
-from pyro_vae.objectives import beta_elbo, elbo, iwae, renyi
+from pyro_vae.models import VAE, LadderVAE, LinearGaussianVAE
+from pyro_vae.objectives import beta_elbo, elbo, free_bits, iwae, renyi
 from pyro_vae.pair import LogTerms
 
 # Sums of a few dozen numbers of order ten.
@@ -100,3 +103,68 @@ def test_orders_must_be_finite(alpha: float) -> None:
 def test_weights_must_be_finite_and_not_negative(beta: float) -> None:
     with pytest.raises(ValueError, match=r"beta is .*at least 0"):
         beta_elbo(beta)
+
+
+# β that rises while an objective trains
+
+
+def ladder(epochs: float) -> LadderVAE:
+    torch.manual_seed(0)
+    pair = LadderVAE((6,), (3, 2), pv.Bernoulli(), hidden=(8, 8))
+    pair.beta = pv.Annealed(0.0, 1.0, epochs)
+    return pair
+
+
+def trained(pair: LadderVAE, **how: Any) -> torch.Tensor:
+    """Return the parameters after five epochs of six steps, plain gradient descent."""
+    x = torch.rand(48, 6, generator=torch.Generator().manual_seed(1)).round()
+    make = partial(torch.optim.SGD, lr=0.05)
+    pv.fit(pair, x, epochs=5, batch_size=8, optimizer=make, progress=False, **how)
+    return torch.cat([p.detach().flatten() for p in pair.parameters()])
+
+
+def test_a_rising_beta_is_the_warm_up_of_fit() -> None:
+    pair = ladder(3.0)
+    ours = trained(pair, loss=beta_elbo(pair.beta), capture=False)
+    theirs = trained(ladder(3.0), loss=Trace_ELBO(), warmup=3, capture=False)
+    # Thirty steps of the same sums in another order.
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    assert float(pair.beta()) == 1.0
+
+
+def test_free_bits_under_a_rising_beta_weigh_the_floor_too() -> None:
+    pair = ladder(4.0)
+    objective, terms = free_bits(0.3, pair.beta), pv.log_terms(pair, torch.ones(5, 6), num_particles=3)
+    for epochs, beta in ((0.0, 0.0), (1.0, 0.25), (9.0, 1.0)):
+        pv.advance(pair, epochs)
+        penalty = terms.log_lik.mean(0) - free_bits(0.3)(terms)
+        torch.testing.assert_close(objective(terms), terms.log_lik.mean(0) - beta * penalty, **ROUNDING)
+
+
+def test_free_bits_and_a_warm_up_train_together_and_the_recorded_step_sees_both() -> None:
+    pairs = [ladder(3.0) for _ in range(3)]
+    recorded, eager = (
+        trained(pair, loss=free_bits(0.5, pair.beta), capture=capture)
+        for pair, capture in zip(pairs, (True, False), strict=False)
+    )
+    torch.testing.assert_close(recorded, eager, rtol=1e-10, atol=1e-12)
+    # Neither alone takes that way.
+    without = trained(pairs[2], loss=free_bits(0.5))
+    assert (recorded - without).abs().max() > 1e-3
+
+
+def test_a_resumed_run_is_held_to_the_way_of_beta(tmp_path: Path) -> None:
+    pair = ladder(3.0)
+    trained(pair, loss=free_bits(0.5, pair.beta), run_dir=tmp_path / "run")
+    assert '"free_bits(0.5, 0 to 1 in 3 epochs)"' in (tmp_path / "run" / "config.json").read_text()
+    other = ladder(4.0)
+    with pytest.raises(ValueError, match="begun with other settings: loss"):
+        trained(other, loss=free_bits(0.5, other.beta), run_dir=tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("make", [beta_elbo, partial(free_bits, 1.0)])
+def test_a_beta_that_is_no_part_of_the_pair_or_negative_is_refused(make: Any) -> None:
+    with pytest.raises(ValueError, match="follows a number that is no module of the pair"):
+        trained(ladder(3.0), loss=make(pv.Annealed(0.0, 1.0, 3)))
+    with pytest.raises(ValueError, match="beta is -1 to 1 in 3 epochs; the weight"):
+        make(pv.Annealed(-1.0, 1.0, 3))

@@ -2,7 +2,7 @@
 
 from pyro_vae.data.files import data_root
 from pyro_vae.data.graphs import GRAPHS, Graph, LinkSplit, graph_of, load_graph, make_graph, split_links
-from pyro_vae.data.sets import NAMES, DataSet, load
+from pyro_vae.data.sets import NAMES, DataSet, load, load_links
 from pyro_vae.data.sprites import Sprites, sprites
 from pyro_vae.data.transforms import binarise, dequantise, subset_after_shuffle
 
@@ -19,6 +19,7 @@ __all__ = [
     "graph_of",
     "load",
     "load_graph",
+    "load_links",
     "make_graph",
     "split_links",
     "sprites",

@@ -12,14 +12,15 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from pyro_vae.data.files import data_root, npz_file, read_arrays, torchvision_split, unpacked
+from pyro_vae.data.graphs import LinkSplit, load_graph, split_links
 from pyro_vae.data.sprites import sprites
 from pyro_vae.data.transforms import shuffled, unit
 
-__all__ = ["NAMES", "DataSet", "load"]
+__all__ = ["NAMES", "DataSet", "load", "load_links"]
 
 
 class DataSet(NamedTuple):
-    """Hold images whose every pixel is in [0, 1].
+    """Hold images whose every pixel is in [0, 1], or one graph.
 
     Attributes:
         name: one of :data:`NAMES`.
@@ -29,6 +30,8 @@ class DataSet(NamedTuple):
         test_labels: class indices, (M,) int64, or None.
         levels: how many equally spaced gray levels k / (levels - 1) a pixel can take; None if they are not on a grid.
         validation: validation images, (V, C, H, W), for the data that are published with such a split; else None.
+        links: for a graph, its links and those held out; ``train`` and ``test`` are then adjacency matrices, see
+            :func:`load_links`. None for images.
 
     >>> images = torch.zeros(5, 1, 8, 8)
     >>> DataSet("blank", images[:3], images[3:], None, None, levels=2).x_shape
@@ -42,6 +45,7 @@ class DataSet(NamedTuple):
     test_labels: Tensor | None
     levels: int | None
     validation: Tensor | None = None
+    links: LinkSplit | None = None
 
     @property
     def x_shape(self) -> tuple[int, int, int]:
@@ -93,6 +97,32 @@ def load(name: str, root: str | Path | None = None, *, download: bool = False) -
     if name not in _LOADERS:
         raise ValueError(f"name={name!r} is not a known data set; known are {', '.join(NAMES)}")
     return _LOADERS[name](data_root(root), download)
+
+
+def load_links(
+    name: str, root: str | Path | None = None, *, validation: float = 0.05, test: float = 0.1, seed: int = 0
+) -> DataSet:
+    """Read a citation network as a data set of one datum, with links held out.
+
+    ``train`` (1, N, N) bool is the adjacency of the links that are left, ``test`` (1, N, N) that of the whole graph;
+    which links are held out, and as many pairs that are none, is in ``links``.
+
+    Args:
+        name: one of :data:`~pyro_vae.data.GRAPHS`; see :func:`~pyro_vae.data.load_graph` for its file.
+        root: the folder of the data sets; if None, as :func:`data_root`.
+        validation, test: shares of the links to hold out.
+        seed: of the split.
+
+    Returns:
+        :class:`DataSet`; labels are of nodes, not of data, and are in ``links.train``.
+
+    Raises:
+        ValueError: as :func:`~pyro_vae.data.load_graph` and :func:`~pyro_vae.data.split_links`.
+    """
+    graph = load_graph(name, root)
+    links = split_links(graph, validation=validation, test=test, seed=seed)
+    train, whole = (each.adjacency().unsqueeze(0) for each in (links.train, graph))
+    return DataSet(name, train, whole, None, None, None, links=links)
 
 
 def _digits() -> DataSet:

@@ -14,7 +14,7 @@ from pyro_vae.models.linear_gaussian import LinearGaussianMixtureVAE, LinearGaus
 from pyro_vae.models.srvae import SRVAE, SRVAELoss, SRVAEOptions
 from pyro_vae.models.vae import VAE, VAELoss, VAEOptions
 from pyro_vae.models.vamp_prior_vae import VampPriorVAE, VampPriorVAEOptions
-from pyro_vae.models.vgae import VGAE
+from pyro_vae.models.vgae import VGAE, VGAEOptions
 
 __all__ = [
     "OPTIONS",
@@ -41,6 +41,7 @@ __all__ = [
     "SRVAEOptions",
     "VAELoss",
     "VAEOptions",
+    "VGAEOptions",
     "VampPriorVAE",
     "VampPriorVAEOptions",
 ]
@@ -55,4 +56,5 @@ OPTIONS = {
     "flow-vae": FlowVAEOptions,
     "ladder-vae": LadderVAEOptions,
     "vamp-prior-vae": VampPriorVAEOptions,
+    "vgae": VGAEOptions,
 }

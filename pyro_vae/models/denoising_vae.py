@@ -41,7 +41,7 @@ class DenoisingVAE(Pair):
         corruption: a module that maps x to the distribution of x̃, such as :class:`~pyro_vae.BitFlip`.
         likelihood: the head of p(x | z); Bernoulli by default.
         posterior: the head of q(z | x̃), the noise in the latents: any distribution with ``rsample``.
-        corruptions: M; as ``pair.corruptions`` it may be raised for an evaluation.
+        corruptions: M; ``pair.corruptions`` may be set to more for an evaluation.
         encoder, decoder: networks of the user's own.
 
     All particles of a run share its M corruptions, so that the encoder's work does not grow with their number.
@@ -68,8 +68,6 @@ class DenoisingVAE(Pair):
         decoder: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        if corruptions < 1:
-            raise ValueError(f"corruptions is {corruptions}; the guide mixes over at least 1")
         self.x_shape, self.prior, self.corruption, self.corruptions = tuple(x_shape), prior, corruption, corruptions
         p_head, q_head = likelihood or Bernoulli(), posterior or DiagonalGaussian()
         z_shape = (prior.size,)
@@ -77,6 +75,7 @@ class DenoisingVAE(Pair):
         decoder = decoder or default_decoder([z_shape], self.x_shape, p_head.num_outputs(self.x_shape))
         self.p_x = Conditional(decoder, p_head, self.x_shape)
         self.q_z = Conditional(encoder, q_head, z_shape)
+        self._check_count()
         self._check_corruption()
 
     def model(self, x: Tensor) -> None:
@@ -85,9 +84,14 @@ class DenoisingVAE(Pair):
             pyro.sample("x", self.p_x(z), obs=x)
 
     def guide(self, x: Tensor) -> None:
+        self._check_count()
         corrupted = self.corruption(x).sample((self.corruptions,)).movedim(0, 1)
         with pyro.plate("data", len(x)):
             pyro.sample("z", EqualMixture(self.q_z(corrupted)))
+
+    def _check_count(self) -> None:
+        if not (isinstance(self.corruptions, int) and self.corruptions >= 1):
+            raise ValueError(f"corruptions is {self.corruptions}; the guide mixes over at least 1, a whole number")
 
     def _check_corruption(self) -> None:
         name = type(self.corruption).__name__

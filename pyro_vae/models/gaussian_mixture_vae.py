@@ -15,7 +15,7 @@ to clustering, IJCAI; Dilokthanakul et al. (2016), Deep unsupervised clustering 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pyro
@@ -23,16 +23,20 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.clustering import clustering_accuracy
 from pyro_vae.conditionals import Conditional, DiagonalGaussian, Gaussian, Head, MixtureOfGaussians
 from pyro_vae.data import DataSet
 from pyro_vae.models.options import LikelihoodName, ScaleName, make_likelihood
 from pyro_vae.networks import default_decoder, default_encoder
-from pyro_vae.pair import Pair
+from pyro_vae.pair import Pair, evaluation
+from pyro_vae.randomness import own_random_state
 
 __all__ = ["GaussianMixtureVAE", "GaussianMixtureVAEOptions"]
 
 # No component of a fitted prior is narrower than this share of N(0, I)'s variance: a point would have infinite density.
 SMALLEST_VARIANCE = 1e-3
+# Data encoded at once.
+CHUNK = 1024
 
 
 class GaussianMixtureVAE(Pair):
@@ -122,7 +126,7 @@ class GaussianMixtureVAE(Pair):
 
         if len(x) < self.prior.components:
             raise ValueError(f"x holds {len(x)} data, fewer than the prior's {self.prior.components} components")
-        means = torch.cat([self.q_z(rows).mean for rows in x.split(1024)]).double().cpu().numpy()
+        means = torch.cat([self.q_z(rows).mean for rows in x.split(CHUNK)]).double().cpu().numpy()
         fitted = GaussianMixture(self.prior.components, covariance_type="diag", n_init=5, random_state=seed).fit(means)
         self.prior.logits.copy_(torch.from_numpy(fitted.weights_).log())
         self.prior.means.copy_(torch.from_numpy(fitted.means_))
@@ -141,8 +145,43 @@ class GaussianMixtureVAEOptions:
     """Distribution of x given z."""
     scale: ScaleName = "scalar"
     """What a Gaussian likelihood's noise is learned for, or that each batch takes its optimum."""
+    start_clusters_after: int = 0
+    """Epochs of training, before those of --epochs, after which the clusters start anew where the data then lie; 0
+    leaves them where they are drawn at random. A warm-up belongs to the epochs before."""
 
     def build(self, data: DataSet) -> GaussianMixtureVAE:
-        """Return the pair for a data set."""
+        """Return the pair for a data set.
+
+        Raises:
+            ValueError: for a negative number of epochs, and fewer data than clusters.
+        """
+        if self.start_clusters_after < 0:
+            raise ValueError(f"start_clusters_after is {self.start_clusters_after}; it counts epochs, 0 for none")
+        if self.start_clusters_after and len(data.train) < self.components:
+            raise ValueError(f"{self.components} components cannot start at {len(data.train)} training data")
         likelihood = make_likelihood(self.likelihood, self.scale, data)
         return GaussianMixtureVAE(data.x_shape, MixtureOfGaussians(self.components, self.latent), likelihood)
+
+    @property
+    def early_epochs(self) -> int:
+        """How many epochs come before :meth:`start`."""
+        return self.start_clusters_after
+
+    def start(self, pair: GaussianMixtureVAE, x: Tensor) -> None:
+        """Start the clusters at the training data."""
+        pair.start_clusters(x)
+
+    def scores(self, pair: GaussianMixtureVAE, data: DataSet) -> Mapping[str, float]:
+        """Return how well the clusters of test data agree with their classes, which training never saw."""
+        if data.test_labels is None:
+            return {}
+        from sklearn.metrics import normalized_mutual_info_score
+
+        with evaluation(pair), own_random_state(0):
+            parts = [pair.responsibilities(x).argmax(-1) for x in data.test.split(CHUNK)]
+        clusters = torch.cat(parts)
+        information = normalized_mutual_info_score(data.test_labels.numpy(), clusters.numpy())
+        return {
+            "clustering accuracy, test data": clustering_accuracy(clusters, data.test_labels),
+            "normalised mutual information with the classes": float(information),
+        }

@@ -9,8 +9,8 @@ guide samples downwards and multiplies it by what the model says, p(z_l | z_{l+1
     q(z_l | z_{l+1}, x) = N(v_l (m_l / s_l² + μ_l / σ_l²), v_l),   1 / v_l = 1 / s_l² + 1 / σ_l²
 
 and q(z_L | x) = N(m_L, s_L²). The networks of p(z_l | z_{l+1}) are the model's and the guide's at once. Against layers
-that fall idle, train with ``fit(warmup=…)`` or the objective :func:`~pyro_vae.objectives.free_bits`; both see one site
-for each layer, and so does ``collapse_report``.
+that fall idle, train with ``fit(warmup=…)`` or the objective :func:`~pyro_vae.objectives.free_bits`, which takes a
+warm-up of its own; both see one site for each layer, and so does ``collapse_report``.
 
 Reference: Sønderby, Raiko, Maaløe, Sønderby and Winther (2016), Ladder variational autoencoders, NeurIPS; without their
 batch normalisation, which would couple the data of a batch.
@@ -21,16 +21,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import pyro.distributions as dist
 from torch import Tensor, nn
 
+from pyro_vae.annealing import Annealed
 from pyro_vae.conditionals import Bernoulli, Conditional, DiagonalGaussian, Head, StandardNormal
 from pyro_vae.data import DataSet
 from pyro_vae.models.options import LikelihoodName, make_likelihood
 from pyro_vae.networks import MLP, default_decoder, default_encoder
+from pyro_vae.objectives import Objective, free_bits
 from pyro_vae.pair import Pair
 
 __all__ = ["LadderVAE", "LadderVAEOptions"]
@@ -133,13 +135,29 @@ class LadderVAEOptions:
     """Size of z next to the data; each layer above it has half as many, at least 2."""
     likelihood: LikelihoodName = "discretised-logistic"
     """Distribution of x given z."""
+    free_bits: float = 0.0
+    """Nats that each layer's divergence has for free in training; 0 trains on the ELBO."""
+    rise: float = 0.0
+    """Epochs over which β rises from 0 under free bits, which --warmup does not weigh."""
 
     def build(self, data: DataSet) -> LadderVAE:
         """Return the pair for a data set."""
         sizes = [self.latent, *(max(self.latent >> layer, 2) for layer in range(1, self.layers))]
         if self.layers < 1:
             raise ValueError(f"layers is {self.layers}; a ladder has at least 1")
-        return LadderVAE(data.x_shape, sizes, make_likelihood(self.likelihood, "scalar", data))
+        if self.rise and not self.free_bits:
+            raise ValueError(f"rise is {self.rise}, but there are no free bits: use --warmup, which weighs the ELBO")
+        pair = LadderVAE(data.x_shape, sizes, make_likelihood(self.likelihood, "scalar", data))
+        if self.rise:
+            # A module of the pair's, so that training moves it and a checkpoint keeps it.
+            pair.beta = Annealed(0.0, 1.0, self.rise)
+        return pair
+
+    def loss(self, pair: LadderVAE, num_data: int) -> Objective | None:
+        """Return the objective that trains the pair, None for any loss of the user's."""
+        if not self.free_bits:
+            return None
+        return free_bits(self.free_bits, cast(Annealed, pair.beta) if self.rise else 1.0)
 
 
 def _check_layers(

@@ -187,6 +187,7 @@ def test_it_trains_and_the_recorded_step_draws_what_the_eager_one_does() -> None
             r"GaussianNoise takes data out of the likelihood's support",
         ),
         (lambda: small(pv.BitFlip(0.1), corruptions=0), r"corruptions is 0; the guide mixes over at least 1"),
+        (lambda: small(pv.BitFlip(0.1), corruptions=2.5), r"corruptions is 2.5; .*a whole number"),
         (lambda: pv.BitFlip(1.2), r"probability is 1.2; it must lie between 0 and 1"),
         (lambda: pv.BitFlip(math.nan), r"probability is nan"),
         (lambda: pv.GaussianNoise(-1.0), r"scale is -1.0; it must be finite and at least 0"),
@@ -196,3 +197,11 @@ def test_it_trains_and_the_recorded_step_draws_what_the_eager_one_does() -> None
 def test_bad_noise_is_refused(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("corruptions", [0, -3, 1.5])
+def test_a_number_of_corruptions_set_later_is_checked_too(corruptions: Any) -> None:
+    pair = small(pv.BitFlip(0.1))
+    pair.corruptions = corruptions
+    with pytest.raises(ValueError, match=rf"corruptions is {corruptions}; the guide mixes over at least 1"):
+        pv.log_terms(pair, bits())

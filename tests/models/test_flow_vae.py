@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, get_args
 
 import pyro
@@ -126,3 +127,29 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
     blank = torch.zeros(3, 1, 4, 4)
     with pytest.raises(ValueError, match=message):
         FlowVAEOptions(**options).build(pv.data.DataSet("blank", blank, blank, None, None, levels=17))
+
+
+@pytest.mark.parametrize("prior", [pv.StandardNormal(3), pv.MixtureOfGaussians(2, 3)], ids=["normal", "mixture"])
+def test_a_guide_under_a_flow_has_no_closed_divergence(prior: Any) -> None:
+    posterior = pv.FlowPosterior([transforms.planar(3)])
+    pair, x = VAE((4,), prior, pv.Gaussian(), posterior), torch.randn(5, 4)
+    for bound in (pv.convex_kl_bound, pv.variational_kl_bound):
+        with pytest.raises(ValueError, match=r"the guide's distribution of a latent is FlowDistribution.*Trace_ELBO"):
+            pv.analytic_loss(pair, x, mixture_kl=bound)
+
+
+def test_a_prior_under_a_flow_has_no_closed_divergence() -> None:
+    pair = VAE((4,), pv.FlowPrior(3, [transforms.affine_coupling(3, [8])]), pv.Gaussian())
+    with pytest.raises(ValueError, match=r"the prior's distribution of a latent is FlowDistribution.*Trace_ELBO"):
+        pv.analytic_loss(pair, torch.randn(5, 4))
+
+
+def test_the_sampled_divergence_from_a_mixture_takes_any_guide() -> None:
+    posterior = pv.FlowPosterior([transforms.planar(3)])
+    pair, x = VAE((4,), pv.MixtureOfGaussians(2, 3), pv.Gaussian(), posterior), torch.randn(5, 4)
+    draws = 4000
+    loss = pv.analytic_loss(pair, x, num_particles=draws, mixture_kl=partial(pv.monte_carlo_kl, num_particles=draws))
+    weights = pv.log_terms(pair, x, num_particles=draws).log_weights.detach()
+    # The two have draws of their own.
+    error = 2 * weights.std(0) / draws**0.5
+    assert ((loss.total.detach() + weights.mean(0)).abs() <= 4 * error).all()
