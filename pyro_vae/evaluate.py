@@ -191,7 +191,8 @@ def _estimate(pair: Pair, batch: tuple[Tensor, ...], log_weights: LogWeights, se
         num_particles=num_particles,
         quantity=quantity,
         discrete=discrete,
-        num_dimensions=batch[0][0].numel(),
+        # A pair whose x repeats itself, as a symmetric matrix does, says how many of its entries are free.
+        num_dimensions=getattr(pair, "num_dimensions", batch[0][0].numel()),
         pareto_k=summary.pareto_k,
         smoothed=summary.smoothed,
         curve=summary.curve,

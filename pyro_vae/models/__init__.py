@@ -1,6 +1,12 @@
 """One file per published model: the generative model in the docstring, then the pair.
 
-``OPTIONS`` names the models that the command line trains; each builds its pair from typed options and a data set.
+``OPTIONS`` names the models that the command line trains; each builds its pair from typed options and a data set, by a
+method ``build(data)``. An options class may also have
+
+* ``loss(pair, num_data)``: the loss that trains the pair where the user asks for no other, or None;
+* ``scores(pair, data)``: what the trained pair is scored by besides its likelihood, numbers by name for the report;
+* ``early_epochs`` and ``start(pair, x)``: how many epochs come first, and what is done to the pair after them;
+* ``load(name, root)`` and ``training``: a data set that is no images, and the options of training that go with it.
 """
 
 from pyro_vae.models.beta_vae import BetaVAE, BetaVAEOptions

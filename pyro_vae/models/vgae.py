@@ -71,6 +71,8 @@ class VGAE(Pair):
         if features is not None and not torch.isfinite(features).all():
             raise ValueError("features has NaN or infinite values")
         self.num_nodes, self.x_shape, self.prior = num_nodes, (num_nodes, num_nodes), prior
+        # Of A, half of the entries off the diagonal; bits per dimension are shared out among these.
+        self.num_dimensions = num_nodes * (num_nodes - 1) // 2
         head = DiagonalGaussian()
         network = encoder or GraphConvolutions(num_nodes, head.num_outputs((prior.size,)), hidden, features)
         self.q_z = Conditional(network, head, (prior.size,))

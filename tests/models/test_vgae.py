@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import product
 
 import numpy as np
@@ -94,6 +95,16 @@ def test_one_graph_is_one_datum() -> None:
     assert pv.posterior(pair, graph, num_particles=7).latents["z"].shape == (7, 1, 4, 2)
     assert pv.reconstruct(pair, graph, num_particles=7).mean.shape == (7, 1, 4, 4)
     assert torch.isnan(torch.tensor(pv.log_likelihood(pair, graph, num_particles=3).mean_standard_error))
+
+
+def test_bits_per_dimension_are_bits_per_pair_of_nodes() -> None:
+    pair, graphs, exact = three_nodes()
+    ll = pv.log_likelihood(pair, graphs, num_particles=20_000, seed=1)
+    assert ll.num_dimensions == 3
+    # All eight graphs alike take a bit for each pair, and any code that is not uniform more than that.
+    bits = -float(exact.mean()) / (3 * math.log(2))
+    assert bits > 1
+    assert ll.bits_per_dimension == pytest.approx(bits, abs=4 * float(ll.standard_error.max()) / (3 * math.log(2)))
 
 
 def test_generated_graphs_are_graphs() -> None:
