@@ -14,6 +14,7 @@ import tyro
 from matplotlib.figure import Figure
 
 import pyro_vae as pv
+from pyro_vae.figures import scatter_classes
 from pyro_vae.graphs import BalancedGraphLoss, link_scores
 
 
@@ -58,16 +59,14 @@ def draw(pair: pv.models.VGAE, graph: pv.data.Graph, x: torch.Tensor, metrics: l
     epochs = [record["epoch"] for record in metrics]
     left.plot(epochs, [record["loss"] for record in metrics], label="balanced loss (training)")
     left.plot(epochs, [sum(record["terms"].values()) for record in metrics], label="−ELBO on log p(A)")
-    left.set(xlabel="step", ylabel="nats per graph", yscale="log", title=f"VGAE, {graph.name}")
+    left.set(xlabel="step", ylabel="nats per graph (millions)", title=f"VGAE, {graph.name}")
+    left.yaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g}")
     left.legend()
     with torch.no_grad():
         means = pair.q_z(x).mean[0]
     points = means - means.mean(0)
-    points = (points @ torch.linalg.svd(points, full_matrices=False).Vh[:2].mT).numpy()
-    labels = None if graph.labels is None else graph.labels.numpy()
-    scatter = right.scatter(points[:, 0], points[:, 1], c=labels, cmap="tab10", s=4)
+    scatter_classes(right, points @ torch.linalg.svd(points, full_matrices=False).Vh[:2].mT, graph.labels, size=4)
     right.set(xlabel="first principal axis of E[z | A, X]", ylabel="second", title="documents by their latents")
-    figure.colorbar(scatter, ax=right, label="class")
     return figure
 
 

@@ -7,8 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import matplotlib.figure
 import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
 from matplotlib.ticker import LogFormatter
 from torch import Tensor
 
@@ -21,9 +24,10 @@ from pyro_vae.pair import Pair
 from pyro_vae.predict import SuperResolution, generate, posterior, reconstruct, super_resolve
 from pyro_vae.randomness import own_random_state
 
-__all__ = ["FIGURES", "LIKELIHOOD_FIGURES", "image_grid", "save_figure", "super_resolution_grid"]
+__all__ = ["FIGURES", "LIKELIHOOD_FIGURES", "image_grid", "save_figure", "scatter_classes", "super_resolution_grid"]
 
 Figure = matplotlib.figure.Figure
+COLOURS: Any = matplotlib.colormaps["tab10"]
 Draw = Callable[[Pair, DataSet, list[dict[str, Any]]], Figure | None]
 
 
@@ -178,14 +182,24 @@ def latent_map(pair: Pair, data: DataSet, metrics: list[dict[str, Any]]) -> Figu
         means = means - means.mean(0)
         _, _, directions = torch.linalg.svd(means, full_matrices=False)
         points = means @ directions[:2].mT if means.shape[-1] > 1 else torch.cat([means, 0 * means], -1)
-        labels = None if classes is None else classes[: len(points)].numpy()
-        colours = None if labels is None else "tab10"
-        scatter = ax.scatter(points[:, 0].numpy(), points[:, -1].numpy(), c=labels, cmap=colours, s=8)
+        scatter_classes(ax, points[:, [0, -1]], None if classes is None else classes[: len(points)])
         ax.set_xlabel(f"first principal axis of E[{name} | x]")
         ax.set_ylabel("second")
-        if labels is not None:
-            figure.colorbar(scatter, ax=ax, label="class")
     return figure
+
+
+def scatter_classes(ax: Axes, points: Tensor, classes: Tensor | None, size: float = 8.0) -> None:
+    """Draw points (N, 2) in the colours of their classes, (N,) from 0, with a bar that names them."""
+    across, up = points.mT.numpy()
+    if classes is None:
+        ax.scatter(across, up, s=size)
+        return
+    count = int(classes.max()) + 1
+    # A colour of its own for each class, as long as there are as many that the eye tells apart.
+    few = count <= len(COLOURS.colors)
+    how: dict[str, Any] = {"cmap": ListedColormap(COLOURS.colors[:count]) if few else "viridis"}
+    drawn = ax.scatter(across, up, c=classes.numpy(), s=size, vmin=-0.5, vmax=count - 0.5, **how)
+    ax.figure.colorbar(drawn, ax=ax, label="class", ticks=range(count) if few else None)
 
 
 def _enlarge(image: Tensor, size: torch.Size) -> Tensor:
