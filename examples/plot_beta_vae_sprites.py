@@ -22,7 +22,7 @@ from pyro_vae.figures import save_figure
 class Options:
     """Compare what β does to a code."""
 
-    epochs: int = 12
+    epochs: int = 9
     """Passes over the data."""
     size: int = 4608
     """Number of sprites."""

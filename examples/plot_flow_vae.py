@@ -47,6 +47,7 @@ def main(options: Options) -> None:
         draw(ax, pair, data.test[typical(pair, data.test)])
         ax.set(xlabel="z₁", title=f"{kind}, gap {bound + ll.mean:.2f} nats")
     figure.axes[0].set(ylabel="z₂")
+    figure.suptitle("p(z | x) of a test digit (blue), its guide's draws (orange); gap: mean of log p(x) − ELBO")
     options.out.mkdir(parents=True, exist_ok=True)
     save_figure(figure, options.out / "posteriors.png")
     print(f"figure in {options.out}")
@@ -61,7 +62,7 @@ def typical(pair: pv.Pair, x: torch.Tensor) -> int:
 def draw(ax, pair: pv.Pair, x: torch.Tensor) -> None:
     """Draw p(z | x) on a grid around the guide's draws, and the draws."""
     z = pv.posterior(pair, x[None], num_particles=400, seed=0).latents["z"][:, 0]
-    centre, half = z.mean(0), 4 * z.std(0).max()
+    centre, half = z.mean(0), 6 * z.std(0).max()
     line = torch.linspace(-1, 1, 120) * half
     points = torch.cartesian_prod(line, line) + centre
     with torch.no_grad():
