@@ -23,15 +23,16 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from pyro_vae import svi
+from pyro_vae import cuda_graphs, svi
 from pyro_vae.compiling import compile_graph, keep_pages
+from pyro_vae.cuda_graphs import GraphedStep, Layout, layout, waits_for_the_device
 from pyro_vae.pair import Pair, device_of
 from pyro_vae.products import with_faster_products
 from pyro_vae.program_state import name_of, plain_attributes, swapped, unchanged
 from pyro_vae.recording import CaptureError, Tape, traced
-from pyro_vae.svi import Average, Backward, Loss, NonFiniteLossError, Step, eager_backward, updating_step
+from pyro_vae.svi import Average, Loss, NonFiniteLossError, Step, eager_backward, updating_step
 
-__all__ = ["CaptureError", "captured_backward", "captured_step"]
+__all__ = ["CaptureError", "captured_step"]
 
 # A program whose shapes or attributes change more often than this would spend its time, or its memory, on recordings.
 MAX_RECORDINGS = 8
@@ -54,6 +55,8 @@ def captured_step(
     """Return a step that replays the pair's recorded program: the eager step's numbers without Pyro's overhead.
 
     A first recording takes as long as some tens of steps, compiling it far longer. Pyro's validation is off inside it.
+    On a CUDA device the whole step, optimiser included, is replayed as one CUDA graph where the optimiser is fused or
+    capturable, or plain SGD, and no gradients are averaged over processes.
 
     Args:
         pair: the pair to train.
@@ -66,7 +69,8 @@ def captured_step(
             such as a short last batch, are replayed as they are.
         after: steps of a kind, a shape and so on, that are taken eagerly before that kind is recorded.
         strict: whether to raise where the program cannot be recorded; else steps are eager, with one warning.
-        tell: is called with a line of text before and after what takes seconds, which is compiling.
+        tell: is called with a line of text before and after what takes seconds, which is compiling, and where steps on
+            a CUDA device cannot become a CUDA graph.
         average: averages gradients over processes.
 
     Returns:
@@ -81,47 +85,15 @@ def captured_step(
     >>> losses[-1] < losses[0]
     True
     """
-    options = _Options(num_particles, clip_norm, compiled, after, strict, tell)
-    if average is None and device_of(pair).type not in svi.READ_LATER:
+    options, device = _Options(num_particles, clip_norm, compiled, after, strict, tell), device_of(pair)
+    if average is None and device.type not in svi.READ_LATER:
         return _CapturedStep(pair, loss, optimizer, options)
     # Averages come between the pass and its norm; and on other devices reading loss and norm would wait for them.
     alone = _CapturedStep(pair, loss, optimizer, options._replace(whole=False))
-    return updating_step(alone.backward, optimizer, clip_norm, average)
-
-
-def captured_backward(
-    pair: Pair,
-    loss: Loss,
-    optimizer: torch.optim.Optimizer,
-    *,
-    num_particles: int = 1,
-    compiled: bool = False,
-    after: int = 0,
-    strict: bool = True,
-    tell: Callable[[str], object] | None = None,
-) -> Backward:
-    """Return the recorded pass alone, for steps with something between it and their update, such as an average.
-
-    It leaves the gradients of the batch's summed loss in ``p.grad``, which the caller has cleared, and returns that
-    loss, a tensor where it was replayed.
-
-    Args:
-        pair: the pair to train.
-        loss: any Pyro ELBO, or an objective.
-        optimizer: over the pair's parameters; it is not called.
-        num_particles, compiled, after, strict, tell: as for :func:`captured_step`.
-
-    >>> import torch, pyro_vae as pv
-    >>> pair = pv.models.LinearGaussianVAE(3, 1)
-    >>> backward = captured_backward(pair, pv.objectives.elbo, torch.optim.SGD(pair.parameters(), lr=0.1))
-    >>> for _ in range(2):
-    ...     pair.zero_grad()
-    ...     total = backward(torch.randn(8, 3))
-    >>> all(p.grad is not None for p in pair.parameters())
-    True
-    """
-    options = _Options(num_particles, None, compiled, after, strict, tell, whole=False)
-    return _CapturedStep(pair, loss, optimizer, options).backward
+    step = updating_step(alone.backward, optimizer, clip_norm, average)
+    if average is not None or device.type not in cuda_graphs.DEVICES:
+        return step
+    return GraphedStep(alone, step, optimizer, cuda_graphs.DEVICES[device.type](device), tell)
 
 
 class _Options(NamedTuple):
@@ -148,6 +120,8 @@ class _Recording(NamedTuple):
     trained: list[nn.Parameter]
     replaced: list[int]
     uses_beta: bool
+    # Why it cannot be part of a CUDA graph.
+    obstacle: str | None
 
 
 class _CapturedStep:
@@ -200,8 +174,11 @@ class _CapturedStep:
             parameter.grad = None
         return loss / len(batch[0])
 
-    def backward(self, *batch: Tensor, beta: float = 1.0) -> Any:
-        """Leave the gradients of the batch's summed loss in ``p.grad`` and return that loss."""
+    def backward(self, *batch: Tensor, beta: float | Tensor = 1.0) -> Any:
+        """Leave the gradients of the batch's summed loss in ``p.grad`` and return that loss.
+
+        A tensor β is one that a recording reads, and the value it has by then counts.
+        """
         recording = self._found(batch, beta, self.eager_backward)
         if not isinstance(recording, _Recording):
             return recording
@@ -210,7 +187,22 @@ class _CapturedStep:
             parameter.grad = gradient
         return total
 
-    def _found(self, batch: tuple[Tensor, ...], beta: float, eager: Callable[..., Any]) -> Any:
+    def kind(self, shapes: Layout, beta: float | Tensor) -> Any:
+        """Return what tells the recordings apart: whether β is 1, shapes, attributes, and what is trained."""
+        is_one = not isinstance(beta, Tensor) and beta == 1.0
+        return is_one, shapes, self._state(), tuple([p.requires_grad for p in self.parameters])
+
+    def obstacle(self, kind: Any) -> str | None:
+        """Return why a recording cannot be part of a CUDA graph; "" while there is none, None where it can."""
+        found = self.recordings.get(kind)
+        return "" if found is None else found.obstacle
+
+    def tensors(self) -> list[Tensor]:
+        """Return the parameters and the buffers, as they are now."""
+        buffers: list[Any] = [held[name] for held, name in self.buffers]
+        return [*self.parameters, *buffers]
+
+    def _found(self, batch: tuple[Tensor, ...], beta: float | Tensor, eager: Callable[..., Any]) -> Any:
         """Return the recording to replay, or what the eager function gives where there is none."""
         if not self.gave_up:
             try:
@@ -227,11 +219,13 @@ class _CapturedStep:
                 return found
         return eager(*batch, beta=beta)
 
-    def _replay(self, recording: _Recording, batch: tuple[Tensor, ...], beta: float) -> tuple[Any, Any, list[Any]]:
-        buffers: list[Any] = [held[name] for held, name in self.buffers]
-        inputs = [*self.parameters, *buffers, *batch]
+    def _replay(
+        self, recording: _Recording, batch: tuple[Tensor, ...], beta: float | Tensor
+    ) -> tuple[Any, Any, list[Any]]:
+        state = self.tensors()
+        inputs, buffers = [*state, *batch], state[len(self.parameters) :]
         if recording.uses_beta:
-            inputs.append(self.beta.fill_(beta))
+            inputs.append(beta if isinstance(beta, Tensor) else self.beta.fill_(beta))
         trained = len(recording.trained)
         with torch.no_grad():
             total, norm, *rest = recording.run(*inputs)
@@ -239,10 +233,9 @@ class _CapturedStep:
                 buffers[i].copy_(value)
         return total, norm, rest[:trained]
 
-    def _recording(self, batch: tuple[Tensor, ...], beta: float) -> _Recording | None:
+    def _recording(self, batch: tuple[Tensor, ...], beta: float | Tensor) -> _Recording | None:
         """Return the recording for these inputs; None where the step is to be eager instead."""
-        shape = tuple([(t.shape, t.stride(), t.dtype) for t in batch])
-        key = (beta == 1.0, shape, self._state(), tuple([p.requires_grad for p in self.parameters]))
+        key = self.kind(layout(batch), beta)
         if (found := self.recordings.get(key)) is not None:
             return found
         self.seen[key] += 1
@@ -253,7 +246,7 @@ class _CapturedStep:
         compiled = self.compiled and len(batch[0]) >= self.largest
         keep_pages()
         with unchanged(self.pair, self.loss) as changed:
-            recording = self._record(batch, uses_beta=beta != 1.0, exact=not compiled or not self.options.whole)
+            recording = self._record(batch, uses_beta=not key[0], exact=not compiled or not self.options.whole)
         if changed:
             if not self.lazy:
                 raise CaptureError(
@@ -264,7 +257,7 @@ class _CapturedStep:
             return None
         if compiled:
             self.largest = len(batch[0])
-            inputs = self._inputs(batch, uses_beta=beta != 1.0)
+            inputs = self._inputs(batch, uses_beta=not key[0])
             assert isinstance(recording.run, GraphModule)
             graph = with_faster_products(recording.run, inputs)
             recording = recording._replace(run=(run := compile_graph(graph, inputs, self.options.tell)) or graph)
@@ -288,8 +281,7 @@ class _CapturedStep:
             return self._state()
 
     def _inputs(self, batch: tuple[Tensor, ...], *, uses_beta: bool) -> list[Tensor]:
-        state: list[Any] = [*self.parameters, *(held[name] for held, name in self.buffers)]
-        return [tensor.detach() for tensor in (*state, *batch, *([self.beta] if uses_beta else []))]
+        return [tensor.detach() for tensor in (*self.tensors(), *batch, *([self.beta] if uses_beta else []))]
 
     def _record(self, batch: tuple[Tensor, ...], *, uses_beta: bool, exact: bool) -> _Recording:
         """Run the eager pass once on tensors without values, and return its operations."""
@@ -303,8 +295,7 @@ class _CapturedStep:
                 leaves = [t.detach().requires_grad_(i in trained) for i, t in enumerate(inputs[:parameters])]
                 rest = list(inputs[parameters:])
                 beta: Any = rest.pop() if uses_beta else 1.0
-                originals = [*self.parameters, *(held[name] for held, name in self.buffers)]
-                state = {id(t): new for t, new in zip(originals, [*leaves, *rest[:buffers]], strict=True)}
+                state = {id(t): new for t, new in zip(self.tensors(), [*leaves, *rest[:buffers]], strict=True)}
                 # A division of its own passes over all gradients once more, but rounds as the eager step's does.
                 tape = Tape([leaves[i] for i in trained], seed=None if exact else 1 / size)
                 with tape, swapped(self.pair, state):
@@ -326,7 +317,7 @@ class _CapturedStep:
         except CaptureError as error:
             whose = f"{name_of(self.loss)} of {type(self.pair).__name__}"
             raise CaptureError(f"{whose} is not recorded: {error}") from error
-        return _Recording(graph, with_gradient, replaced, uses_beta)
+        return _Recording(graph, with_gradient, replaced, uses_beta, waits_for_the_device(graph, self.beta.device))
 
     def _what_changes(self) -> str:
         _, shapes, states, _ = (list(dict.fromkeys(part)) for part in zip(*self.seen, strict=True))

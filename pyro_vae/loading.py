@@ -4,14 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-__all__ = ["Batches"]
+__all__ = ["Batch", "Batches", "Rows"]
 
 # Data on a CUDA device may take this share of its free memory; the rest is for parameters and what a step computes.
 SHARE_OF_MEMORY = 0.5
+
+
+class Rows:
+    """A batch that is rows of data on the device, gathered when a tensor is asked for; a step may gather it itself.
+
+    >>> rows = Rows((torch.arange(5.0), torch.arange(5)), torch.tensor([4, 0]))
+    >>> [tensor.tolist() for tensor in rows]
+    [[4.0, 0.0], [4, 0]]
+    """
+
+    def __init__(self, data: tuple[Tensor, ...], rows: Tensor) -> None:
+        self.data, self.rows = data, rows
+
+    @cached_property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The gathered batch."""
+        return tuple(tensor[self.rows] for tensor in self.data)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, i: int) -> Tensor:
+        return self.tensors[i]
+
+
+Batch: TypeAlias = tuple[Tensor, ...] | Rows
 
 
 class Batches:
@@ -41,12 +72,12 @@ class Batches:
         """Return the first data."""
         return tuple(tensor[:count] for tensor in self.data)
 
-    def __call__(self, parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    def __call__(self, parts: Sequence[Tensor]) -> Iterator[Batch]:
         """Yield a batch for each part, a tensor of row numbers."""
         if not self.streamed:
             # One copy of all row numbers: a copy for each batch would wait for the device.
             rows = torch.cat([*parts]).to(self.device).split([len(part) for part in parts])
-            return (tuple(tensor[part] for tensor in self.data) for part in rows)
+            return (Rows(self.data, part) for part in rows)
         return self._ahead(parts)
 
     def _ahead(self, parts: Iterable[Tensor]) -> Iterator[tuple[Tensor, ...]]:

@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_map_only
 from pyro_vae._version import __version__
 from pyro_vae.annealing import advance
 from pyro_vae.checkpoint import load_state, read_json, restore, save_parameters, save_state, write_text
-from pyro_vae.loading import Batches
+from pyro_vae.cuda_graphs import GraphedStep
+from pyro_vae.loading import Batch, Batches, Rows
 from pyro_vae.pair import Pair, device_of, site_terms
 from pyro_vae.precision import float32_products, mixed
 from pyro_vae.processes import Processes
@@ -142,13 +143,15 @@ class Trainer:
         warmup = self.settings.warmup
         return self.settings.beta * (min(1.0, epochs_done / warmup) if warmup else 1.0)
 
-    def _guarded(self, step: Step, batch: tuple[Tensor, ...], beta: float) -> float | Tensor:
+    def _guarded(self, step: Step, batch: Batch, beta: float) -> float | Tensor:
         """Take a step; Pyro validates the first one only, since the data as a whole were checked before."""
         try:
             validate = not self.validated and pyro.infer.util.is_validation_enabled()
             with pyro.validation_enabled(validate), warnings.catch_warnings():
                 # Pyro warns of a NaN that is an error here, with the site named.
                 warnings.filterwarnings("ignore", "Encountered NaN")
+                if isinstance(step, GraphedStep) and isinstance(batch, Rows):
+                    return step.on_rows(batch.data, batch.rows, beta=beta)
                 return step(*batch, beta=beta)
         except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
             raise self._failure(batch, error) from error
@@ -166,7 +169,7 @@ class Trainer:
                 raise self._failure(batch, NonFiniteLossError(f"the loss is {value}"))
         return values
 
-    def _failure(self, batch: tuple[Tensor, ...], error: Exception) -> Exception:
+    def _failure(self, batch: Batch, error: Exception) -> Exception:
         """Return the error of a step with what is known of it, and keep the batch where its loss was not finite."""
         own = non_finite_sites(self.pair, *batch) if len(batch[0]) else []
         found = self.processes.gather((own, [tensor.cpu() for tensor in batch] if own else []))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyro
 import pytest
@@ -41,3 +42,12 @@ def few_digits(monkeypatch: pytest.MonkeyPatch) -> pv.data.DataSet:
     few = digits._replace(train=digits.train[:256], test=digits.test[:32], test_labels=digits.test_labels[:32])
     monkeypatch.setattr(pv.data, "load", lambda *_, **__: few)
     return few
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """Treat the CPU as a device whose numbers are not read back at every step, and which makes graphs."""
+    devices: dict[str, Any] = {}
+    monkeypatch.setattr("pyro_vae.svi.READ_LATER", {"cpu"})
+    monkeypatch.setattr("pyro_vae.cuda_graphs.DEVICES", devices)
+    return devices
