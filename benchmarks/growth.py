@@ -29,7 +29,7 @@ import tyro
 from common import RESULTS, keep_timings
 from matplotlib.figure import Figure
 from pyro.infer import Trace_ELBO
-from side_by_side import Turn, by_turns, timed
+from side_by_side import Turn, by_turns, timings
 
 from pyro_vae.capture import captured_step
 
@@ -42,8 +42,10 @@ AXES: dict[str, tuple[int, ...]] = {
     "data": (1_000, 4_000, 16_000, 64_000),
 }
 BASE = {"batch": steps.BATCH, "latent": 20, "hidden": 400, "side": steps.SIDE, "particles": 1}
-# Of a turn, the first step is not counted.
-BLOCK = 4
+# Counted steps of a turn.
+BLOCK = 3
+# In which it records, compiles and makes its CUDA graph.
+FIRST = 8
 
 
 @dataclass(frozen=True)
@@ -103,9 +105,9 @@ def _steps(sizes: dict[str, int], compiled: bool) -> Turn:
     step = captured_step(pair, loss, steps.adam(pair), compiled=compiled)
     shape = (sizes["batch"], pixels)
     feed = itertools.cycle([torch.rand(shape, device=steps.DEVICE).gt(0.7).float() for _ in range(2)])
-    for _ in range(BLOCK):
+    for _ in range(FIRST):
         step(next(feed))
-    return lambda: [timed(partial(step, next(feed))) for _ in range(BLOCK)][1:]
+    return lambda: timings(lambda: step(next(feed)), BLOCK)
 
 
 def grown(seconds: dict[int, list[float]]) -> dict[str, Any]:

@@ -41,6 +41,8 @@ def main(options: Options) -> None:
     for i in range(1, options.steps + 1):
         step(batches[i % len(batches)])
         if i in (early, options.steps):
+            if steps.DEVICE.type == "cuda":
+                torch.cuda.synchronize()
             marks[i] = (resident(), time.perf_counter() - start)
     (_, (first, seconds)), (_, (last, all_seconds)) = marks.items()
     record = {

@@ -40,6 +40,23 @@ def timed(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def timings(step: Callable[[], object], count: int) -> list[float]:
+    """Return the seconds of each of some steps after one that is not counted; on CUDA the mean of ten times as many.
+
+    The first of a turn finds the caches full of another row's numbers. Waiting for a device after each step would add
+    the time of launching it, which a training run spends while the device works on the steps before.
+    """
+    timed(step)
+    if not torch.cuda.is_available():
+        return [timed(step) for _ in range(count)]
+
+    def many() -> None:
+        for _ in range(10 * count):
+            step()
+
+    return [timed(many) / (10 * count)]
+
+
 def summaries(
     taken: dict[str, list[float]], ours: str, first: dict[str, float], absent: dict[str, str]
 ) -> dict[str, dict[str, Any]]:

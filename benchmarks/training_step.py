@@ -27,12 +27,12 @@ import steps
 import torch
 import tyro
 from common import RESULTS, keep_timings
-from side_by_side import bars, by_turns, summaries, table, timed
+from side_by_side import bars, by_turns, summaries, table, timed, timings
 from torch import Tensor
 
 SIZES = ((400, 20), (2000, 30), (64, 8))
-# Steps that a row takes in a turn; the first of them finds the caches full of another row's numbers and is not counted.
-BLOCK = 11
+# Counted steps of a row's turn.
+BLOCK = 10
 # Steps of a peer's turn, after which it answers: NumPyro's is one jitted scan.
 PEER_BLOCK = 20
 CAPTURED = "captured, compiled"
@@ -50,7 +50,7 @@ class Options:
     threads: int = 2
     """Threads of every row."""
     peers: bool = True
-    """Whether to install and time NumPyro and pythae."""
+    """Whether to install and time NumPyro and pythae, on a CPU."""
     long_run: bool = True
     """Whether to follow the memory of up to 20 000 steps."""
     results: Path = RESULTS
@@ -64,7 +64,8 @@ def main(options: Options) -> None:
     started = time.perf_counter()
     cases: dict[str, Any] = {}
     with ExitStack() as stack:
-        installed = stack.enter_context(peers.installed()) if options.peers else {}
+        # Peers are installed for the CPU; their times would say nothing beside a GPU's.
+        installed = stack.enter_context(peers.installed()) if options.peers and steps.DEVICE.type == "cpu" else {}
         names = {f"{steps.PIXELS}–{hidden}–{latent}": (hidden, latent) for hidden, latent in SIZES}
         seconds = 60 * options.minutes / (len(names) + len(steps.SRVAES))
         for name, (hidden, latent) in names.items():
@@ -105,7 +106,7 @@ def _a_step(peer: peers.Peer) -> Callable[[], list[float]]:
 
 
 def _turn(row: Callable[[Tensor], object], feed: Iterator[Tensor]) -> Callable[[], list[float]]:
-    return lambda: [timed(partial(row, next(feed))) for _ in range(BLOCK)][1:]
+    return lambda: timings(lambda: row(next(feed)), BLOCK)
 
 
 def _warm(rows: dict[str, Callable[[Tensor], object]], batches: list[Tensor]) -> dict[str, float]:
