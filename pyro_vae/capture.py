@@ -31,6 +31,7 @@ from pyro_vae.products import with_faster_products
 from pyro_vae.program_state import name_of, plain_attributes, swapped, unchanged
 from pyro_vae.recording import CaptureError, Tape, traced
 from pyro_vae.svi import Average, Loss, NonFiniteLossError, Step, eager_backward, updating_step
+from pyro_vae.updates import update
 
 __all__ = ["CaptureError", "captured_step"]
 
@@ -164,14 +165,7 @@ class _CapturedStep:
             raise NonFiniteLossError(f"the loss is {loss}")
         if not math.isfinite(size):
             raise NonFiniteLossError(f"the loss is {loss}, the norm of its gradient {size}")
-        # Gradients that others left must not enter.
-        for parameter in self.optimised.values():
-            parameter.grad = None
-        for parameter, gradient in zip(recording.trained, gradients, strict=True):
-            parameter.grad = gradient
-        self.optimizer.step()
-        for parameter in recording.trained:
-            parameter.grad = None
+        update(self.optimizer, recording.trained, gradients)
         return loss / len(batch[0])
 
     def backward(self, *batch: Tensor, beta: float | Tensor = 1.0) -> Any:

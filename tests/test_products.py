@@ -10,7 +10,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from pyro_vae import products
 from pyro_vae.products import through_onednn, with_faster_products
 
+ONEDNN = torch.ops.pyro_vae.product.default
 onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs torch built with oneDNN")
+
+
+@pytest.fixture(autouse=True)
+def _every_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "FEWEST_MULTIPLICATIONS", 0)
 
 
 def step(x: Tensor, weight: Tensor, bias: Tensor, count: Tensor) -> tuple[Tensor, ...]:
@@ -30,14 +36,24 @@ def test_products_are_the_same() -> None:
     graph = make_fx(step, tracing_mode="fake")(*arguments)
     other = through_onednn(graph)
     assert other is not None
-    sent = [node for node in other.graph.nodes if node.target is torch.ops.pyro_vae.product.default]
     # Neither a matrix added to the product nor a scaled bias is a linear layer.
-    assert len(sent) == 3
+    assert len(other.graph.find_nodes(op="call_function", target=ONEDNN)) == 3
     torch.manual_seed(0)
     expected = graph(*arguments)
     torch.manual_seed(0)
     # Sums of five products in float32.
     torch.testing.assert_close(other(*arguments), expected, rtol=1e-5, atol=1e-5)
+
+
+@onednn
+def test_small_products_stay_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = make_fx(step, tracing_mode="fake")(*inputs())
+    # 4 × 3 by 3 × 5, 4 × 5 by 5 × 3, 5 × 4 by 4 × 3: sixty multiplications each.
+    for fewest, sent in ((60, 3), (61, 0)):
+        monkeypatch.setattr(products, "FEWEST_MULTIPLICATIONS", fewest)
+        other = through_onednn(graph)
+        found = [] if other is None else other.graph.find_nodes(op="call_function", target=ONEDNN)
+        assert len(found) == sent
 
 
 def test_double_precision_stays_with_torch() -> None:

@@ -1,0 +1,92 @@
+"""The optimiser's step from a list of gradients, without what ``Optimizer.step`` does around its kernel.
+
+Around the kernel of a fused Adam torch gathers, groups and profiles, for about as long as the kernel of a small network
+takes. Where the optimiser is just that, the kernel is called on the optimiser's own state, with the same result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import optimizer as hooks
+
+__all__ = ["update"]
+
+
+def update(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
+    """Take the optimiser's step with these gradients and no others, whatever ``p.grad`` holds.
+
+    The numbers, and the state left in the optimiser, are those of ``optimizer.step()``, bit for bit.
+
+    Args:
+        optimizer: any of torch's.
+        parameters: those with a gradient.
+        gradients: one for each.
+
+    >>> weight = nn.Parameter(torch.zeros(2))
+    >>> update(torch.optim.SGD([weight], lr=0.5), [weight], [torch.ones(2)])
+    >>> weight.tolist(), weight.grad
+    ([-0.5, -0.5], None)
+    """
+    if _is_plain_fused_adam(optimizer, parameters):
+        _fused_adam(optimizer, parameters, gradients)
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            # Gradients that others left must not enter.
+            parameter.grad = None
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    optimizer.step()
+    for parameter in parameters:
+        parameter.grad = None
+
+
+def _is_plain_fused_adam(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> bool:
+    """Tell whether ``optimizer.step()`` would do nothing but call the kernel once, on state that is there."""
+    # A scheduler wraps ``step`` to count its calls, for a warning that the first call settles.
+    own = vars(optimizer)
+    if type(optimizer) is not torch.optim.Adam or len(optimizer.param_groups) != 1 or "grad_scale" in own:
+        return False
+    if "step" in own and not getattr(own["step"], "_wrapped_by_lr_sched", False):
+        return False
+    watched: tuple[Any, ...] = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+    if any(watched) or hooks._global_optimizer_pre_hooks or hooks._global_optimizer_post_hooks:
+        return False
+    group = optimizer.param_groups[0]
+    if not group["fused"] or any(group[flag] for flag in ("amsgrad", "decoupled_weight_decay", "differentiable")):
+        return False
+    if isinstance(group["lr"], Tensor) or any(isinstance(beta, Tensor) for beta in group["betas"]):
+        return False
+    first = parameters[0] if parameters else None
+    if first is None or first.device.type != "cpu":
+        return False
+    return all(p.dtype == first.dtype and p.device == first.device and p in optimizer.state for p in parameters)
+
+
+def _fused_adam(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]
+) -> None:
+    group, states = optimizer.param_groups[0], [optimizer.state[parameter] for parameter in parameters]
+    steps = [state["step"] for state in states]
+    beta1, beta2 = group["betas"]
+    with torch.no_grad():
+        torch._foreach_add_(steps, 1)
+        torch._fused_adam_(
+            [*parameters],
+            [*gradients],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            steps,
+            lr=group["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=group["maximize"],
+        )
