@@ -36,10 +36,10 @@ def _one(data: pv.data.DataSet, k: int, stages: list[int]) -> dict[str, Any]:
         decoder=MLP([(50,)], 784, (200, 200), torch.tanh),
     )
     _initialise(pair, data.train.mean(0).flatten())
-    seconds, bound = 0.0, 0.0
+    seconds, negative_elbo = 0.0, 0.0
     name = f"iwae/{k}-{sum(stages)}"
     for stage, epochs in enumerate(stages):
-        took, bound = trained(
+        took, negative_elbo = trained(
             pair,
             data,
             f"{name}/{stage}",
@@ -51,7 +51,7 @@ def _one(data: pv.data.DataSet, k: int, stages: list[int]) -> dict[str, Any]:
             seed=stage,
         )
         seconds += took
-    return {"seconds": seconds, "negative_bound": bound, **evaluated(pair, data, f"{name}/{len(stages) - 1}")}
+    return {"seconds": seconds, "negative_elbo": negative_elbo, **evaluated(pair, data, f"{name}/{len(stages) - 1}")}
 
 
 def _initialise(pair: pv.models.VAE, mean: torch.Tensor) -> None:
@@ -78,7 +78,7 @@ def table(record: dict[str, Any]) -> str:
     """Return the results as Markdown, with the published figures and the distance from them."""
     results = record["results"]
     header = [
-        *("k", "validation −L_k, nats", "−log p(x), K = 200, all test data", "−log p(x), K = 5000"),
+        *("k", "validation −ELBO, nats", "−log p(x), K = 200, all test data", "−log p(x), K = 5000"),
         *("published", "difference", "share with k̂ above the threshold", "training, s"),
     ]
     rows = []
@@ -87,7 +87,7 @@ def table(record: dict[str, Any]) -> str:
         rows.append(
             [
                 k,
-                f"{row['negative_bound']:.2f}",
+                f"{row['negative_elbo']:.2f}",
                 f"{-row['all']['mean']:.2f} ± {row['all']['standard_error']:.2f}",
                 f"{-row['some']['mean']:.2f} ± {row['some']['standard_error']:.2f}",
                 f"{published:.2f}",
