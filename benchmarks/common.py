@@ -75,9 +75,13 @@ def trained(pair: pv.Pair, data: pv.data.DataSet, name: str, **settings: Any) ->
     return sum(record["seconds"] for record in run.metrics), min(losses) if "patience" in settings else losses[-1]
 
 
-def evaluated(pair: pv.Pair, data: pv.data.DataSet, name: str) -> dict[str, Any]:
-    """Return test log-likelihoods in nats, kept in the run folder ``name`` and read from there the next time."""
-    return {key: _likelihood(pair, data.test, RUNS / name / f"{key}.json", *of) for key, of in EVALUATIONS.items()}
+def evaluated(pair: pv.Pair, data: pv.data.DataSet, name: str, some: int | None = None) -> dict[str, Any]:
+    """Return test log-likelihoods in nats, kept in the run folder ``name`` and read from there the next time.
+
+    ``some`` is the number of test data with more draws, where it is to be another one.
+    """
+    asked = EVALUATIONS if some is None else {**EVALUATIONS, "some": (EVALUATIONS["some"][0], some)}
+    return {key: _likelihood(pair, data.test, RUNS / name / f"{key}.json", *of) for key, of in asked.items()}
 
 
 def _likelihood(pair: pv.Pair, x: torch.Tensor, path: Path, num_particles: int, size: int | None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pyro_vae.networks import MLP
 from pyro_vae.report import markdown_table
 
 TITLE = "Denoising VAE against VAE of equal size, static MNIST"
-EPOCHS = 12
+EPOCHS = 8
 SEEDS = 3
 LATENT = 40
 # Probability of a flip and number of corruptions, by name; None is the plain VAE.
@@ -28,7 +28,7 @@ def run(scale: float, data_root: str | None) -> dict[str, Any]:
     """Train each variant with each seed and return test log-likelihoods."""
     data = pv.data.load("static-mnist", data_root)
     epochs = max(1, round(scale * EPOCHS))
-    x = pv.data.subset_after_shuffle(data.test, 1000)
+    x = pv.data.subset_after_shuffle(data.test, 500)
     variants = {}
     for name, noise in VARIANTS.items():
         means, errors, parameters, seconds = [], [], 0, 0.0

@@ -15,10 +15,10 @@ from pyro_vae.networks import MLP
 from pyro_vae.report import markdown_table
 
 TITLE = "Flows in the guide, static MNIST, 784–200–20"
-EPOCHS = 6
+EPOCHS = 5
 SEEDS = (0, 1, 2)
 LATENT, CONTEXT, HIDDEN = 20, 32, 200
-DATA, PARTICLES = 1000, 500
+DATA, PARTICLES = 1000, 200
 # Each gets a depth; "none" is the plain VAE.
 ROWS = (
     ("none", 0),

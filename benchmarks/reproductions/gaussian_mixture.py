@@ -18,7 +18,7 @@ from pyro_vae.report import markdown_table
 
 TITLE = "Gaussian mixture VAE: clustering MNIST"
 SEEDS = (0, 1, 2, 3, 4)
-EARLY, LATE = 8, 20
+EARLY, LATE = 6, 14
 # The divergence's weight before the clusters are started, in place of the published plain autoencoder.
 EARLY_BETA = 0.1
 LATENT, HIDDEN = 10, (500, 500)

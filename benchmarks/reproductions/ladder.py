@@ -17,12 +17,12 @@ from pyro_vae.objectives import free_bits
 from pyro_vae.report import markdown_table
 
 TITLE = "Ladder VAE, static MNIST"
-EPOCHS = 12
+EPOCHS = 10
 SEEDS = (0, 1)
 LADDERS = {3: ((32, 16, 8), (256, 128, 64)), 5: ((64, 32, 16, 8, 4), (256, 128, 64, 32, 32))}
 WAYS = ("warm-up", "free bits")
 FREE_BITS = 2.0
-DATA, PARTICLES = 1000, 500
+DATA, PARTICLES = 1000, 200
 # Every layer should carry more nats than this.
 LEAST = 0.5
 # −log p(x) in nats of five layers with 128 latent variables, on dynamically binarised MNIST.
