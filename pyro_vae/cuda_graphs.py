@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from pyro_vae.updates import around_the_step
+
 __all__ = ["DEVICES", "GraphedStep", "Layout", "layout", "waits_for_the_device"]
 
 # Steps of a kind that are launched kernel by kernel before it becomes a graph: they make the optimiser's state, choose
@@ -56,17 +58,28 @@ class CudaDevice:
     def aside(self) -> Iterator[None]:
         """Run what is inside on the stream that graphs are made on, whose workspaces it sets up."""
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
-            yield
-        torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        try:
+            with torch.cuda.stream(self.stream):
+                yield
+        finally:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
     def captured(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """Make a graph of the kernels that ``work`` launches."""
         graph = torch.cuda.CUDAGraph()
         # Another thread may pin the memory of the next batch meanwhile.
         mode: Any = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
-        with torch.cuda.device(self.device), torch.cuda.graph(graph, **mode):
-            result = work()
+        failure: Exception | None = None
+        try:
+            with torch.cuda.device(self.device), torch.cuda.graph(graph, **mode):
+                try:
+                    result = work()
+                except Exception as error:
+                    failure = error
+                    raise
+        except Exception as error:
+            # Ending a capture that has failed fails too, in words that do not say why.
+            raise (failure or error) from None
         return graph.replay, result
 
 
@@ -195,7 +208,7 @@ class GraphedStep:
             return None
         self.made += 1
         baked_in, state = self._baked_in(), {p: dict(held) for p, held in self.optimizer.state.items()}
-        inputs = tuple(torch.empty_like(tensor).copy_(tensor) for tensor in given)
+        inputs: tuple[Tensor, ...] = ()
 
         def work() -> Tensor:
             loss = self.step(*_batch(inputs, data), beta=1.0 if beta == 1.0 else self.recorded.beta)
@@ -203,6 +216,7 @@ class GraphedStep:
             return loss
 
         try:
+            inputs = tuple([_held(tensor) for tensor in given])
             with self._on_device():
                 replay, loss = self.device.captured(work)
             if self._baked_in() == baked_in:
@@ -225,6 +239,7 @@ class GraphedStep:
         for group in self.optimizer.param_groups:
             read_from_device = ("params", "lr") if _keeps_its_rate(self.optimizer, group) else ("params",)
             values += [value for name, value in group.items() if name not in read_from_device]
+        values.append(around_the_step(self.optimizer))
         return [value.data_ptr() if isinstance(value, Tensor) else value for value in values]
 
     @contextmanager
@@ -286,6 +301,11 @@ def _keeps_its_rate(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> 
     return bool(group.get("fused") or (group.get("capturable") and isinstance(optimizer, READ_THEIR_RATE)))
 
 
+def _held(tensor: Tensor) -> Tensor:
+    """Return a copy laid out alike: recordings are chosen by strides."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
 def _batch(given: tuple[Tensor, ...], data: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
     """Return the batch that was given, or the rows of the data whose numbers were."""
     return given if data is None else tuple(tensor[given[0]] for tensor in data)
@@ -303,8 +323,8 @@ def layout(batch: tuple[Tensor, ...]) -> Layout:
 def _obstacle(optimizer: torch.optim.Optimizer) -> str | None:
     """Return why an optimiser's step cannot be part of a graph; None where it can."""
     name = type(optimizer).__name__
-    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
-        return f"{name} has hooks around its step, which a graph would not call"
+    if (around := around_the_step(optimizer)) is not None:
+        return f"{name} has {around}, which a graph would not call"
     for group in optimizer.param_groups:
         if "capturable" not in group and type(optimizer) is not torch.optim.SGD:
             return f"{name} is not known to be capturable, as torch.optim.Adam(…, fused=True) is"
@@ -313,8 +333,9 @@ def _obstacle(optimizer: torch.optim.Optimizer) -> str | None:
     return None
 
 
-# Operations whose result has a size that depends on values, or is a number of Python's.
+# Operations whose result has a size that depends on values, or that look at one.
 _READS = {"nonzero", "masked_select", "_local_scalar_dense", "unique_dim", "_unique2", "unique_consecutive"}
+_READS |= {"bincount", "repeat_interleave", "_linalg_check_errors"}
 
 
 def waits_for_the_device(graph: GraphModule, device: torch.device) -> str | None:
@@ -328,7 +349,7 @@ def waits_for_the_device(graph: GraphModule, device: torch.device) -> str | None
 
     >>> from torch.fx.experimental.proxy_tensor import make_fx
     >>> waits_for_the_device(make_fx(lambda x: x.nonzero())(torch.ones(2)), torch.device("cpu"))
-    'the program asks for the places of true values (aten.nonzero.default): use torch.where'
+    'the program asks for values that the device has yet to compute (aten.nonzero.default)'
     """
     by_cpu: set[torch.fx.Node] = set()
     for node in graph.graph.nodes:
@@ -341,11 +362,11 @@ def waits_for_the_device(graph: GraphModule, device: torch.device) -> str | None
         name, inputs = node.target.overloadpacket.__name__, [each.meta.get("val") for each in node.all_input_nodes]
         places = {each.device for each in (*inputs, value) if isinstance(each, Tensor)}
         if name in _READS or _indexes_by_mask(name, node.args):
-            return f"the program asks for the places of true values ({node.target}): use torch.where"
+            return f"the program asks for values that the device has yet to compute ({node.target})"
         if name in ("_to_copy", "copy", "copy_") and len(places) > 1:
             return f"the program copies between devices ({node.target}): make the tensor on the batch's device"
         # A number that the CPU made once, a constant, is the same at every replay.
-        if on_cpu and (torch.Tag.nondeterministic_seeded in node.target.tags or by_cpu & {*node.all_input_nodes}):
+        if (on_cpu and torch.Tag.nondeterministic_seeded in node.target.tags) or by_cpu & {*node.all_input_nodes}:
             return f"the program computes on the CPU ({node.target}): make the tensor on the batch's device"
     return None
 

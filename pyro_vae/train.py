@@ -98,7 +98,8 @@ def fit(
         validation: held-out data, or the share of ``data`` to hold out.
         optimizer: makes a torch optimiser from the parameters; torch's fused Adam with ``lr`` by default.
         scheduler: makes one of torch's learning-rate schedulers from the optimiser. It takes a step after each epoch,
-            by the validation loss if it is a ``ReduceLROnPlateau``.
+            by the validation loss if it is a ``ReduceLROnPlateau``. A resumed run is held to the same one, but for
+            functions that it was given.
         beta: weight of the divergence terms.
         warmup: epochs over which β rises linearly from 0 to ``beta``.
         clip_norm: largest global norm of the gradient.
@@ -220,11 +221,13 @@ def _schedule(
 
 
 def _described_schedule(schedule: torch.optim.lr_scheduler.LRScheduler | None) -> str | None:
-    """Return a schedule's name with the numbers that it began with."""
+    """Return a schedule's name with the numbers that it began with, and so its parts; functions have none."""
     if schedule is None:
         return None
-    state = {name: value for name, value in schedule.state_dict().items() if not name.startswith("_")}
-    return f"{type(schedule).__name__}({', '.join(f'{name}={value}' for name, value in sorted(state.items()))})"
+    state = schedule.state_dict()
+    kept = sorted(name for name in state if not name.startswith("_") or name == "_milestones")
+    parts = [_described_schedule(part) or "" for part in getattr(schedule, "_schedulers", [])]
+    return f"{type(schedule).__name__}({', '.join([*(f'{name}={state[name]}' for name in kept), *parts])})"
 
 
 def _described(thing: object) -> str:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import optimizer as hooks
 
-__all__ = ["update"]
+__all__ = ["around_the_step", "update"]
 
 
 def update(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
-    """Take the optimiser's step with these gradients and no others, whatever ``p.grad`` holds.
+    """Take the optimiser's step with these gradients and no others, and leave ``p.grad`` empty.
 
     The numbers, and the state left in the optimiser, are those of ``optimizer.step()``, bit for bit.
 
@@ -31,13 +31,13 @@ def update(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter],
     >>> weight.tolist(), weight.grad
     ([-0.5, -0.5], None)
     """
-    if _is_plain_fused_adam(optimizer, parameters):
-        _fused_adam(optimizer, parameters, gradients)
-        return
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             # Gradients that others left must not enter.
             parameter.grad = None
+    if _is_plain_fused_adam(optimizer, parameters):
+        _fused_adam(optimizer, parameters, gradients)
+        return
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
     optimizer.step()
@@ -45,16 +45,23 @@ def update(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter],
         parameter.grad = None
 
 
-def _is_plain_fused_adam(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> bool:
-    """Tell whether ``optimizer.step()`` would do nothing but call the kernel once, on state that is there."""
+def around_the_step(optimizer: torch.optim.Optimizer) -> str | None:
+    """Say what of the user's own happens at the optimiser's step besides its update; None where nothing does."""
+    own = vars(optimizer).get("step")
     # A scheduler wraps ``step`` to count its calls, for a warning that the first call settles.
-    own = vars(optimizer)
-    if type(optimizer) is not torch.optim.Adam or len(optimizer.param_groups) != 1 or "grad_scale" in own:
-        return False
-    if "step" in own and not getattr(own["step"], "_wrapped_by_lr_sched", False):
-        return False
+    if own is not None and getattr(own, "__wrapped__", None) is not type(optimizer).step:
+        return "a step that was put in the place of its own"
     watched: tuple[Any, ...] = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
     if any(watched) or hooks._global_optimizer_pre_hooks or hooks._global_optimizer_post_hooks:
+        return "hooks around its step"
+    return None
+
+
+def _is_plain_fused_adam(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> bool:
+    """Tell whether ``optimizer.step()`` would do nothing but call the kernel once, on state that is there."""
+    if type(optimizer) is not torch.optim.Adam or len(optimizer.param_groups) != 1 or "grad_scale" in vars(optimizer):
+        return False
+    if around_the_step(optimizer) is not None:
         return False
     group = optimizer.param_groups[0]
     if not group["fused"] or any(group[flag] for flag in ("amsgrad", "decoupled_weight_decay", "differentiable")):
@@ -64,7 +71,8 @@ def _is_plain_fused_adam(optimizer: torch.optim.Optimizer, parameters: Sequence[
     first = parameters[0] if parameters else None
     if first is None or first.device.type != "cpu":
         return False
-    return all(p.dtype == first.dtype and p.device == first.device and p in optimizer.state for p in parameters)
+    # Looking a parameter up would leave an empty entry in the state.
+    return all(p.dtype == first.dtype and p.device == first.device and optimizer.state.get(p) for p in parameters)
 
 
 def _fused_adam(

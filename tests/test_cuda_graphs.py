@@ -6,7 +6,8 @@ import copy
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from types import MethodType
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ import pyro_vae as pv
 from pyro_vae import cuda_graphs
 from pyro_vae.capture import captured_step
 from pyro_vae.cuda_graphs import WARM_UPS, GraphedStep
-from pyro_vae.models import LinearGaussianVAE
+from pyro_vae.models import VAE
 
 from .capture_cases import CASES, batches, binary, small_vae
 from .taken_down import RATE, StandIn, assert_graphed_is_not, assert_same, fused_adam, sgd, taken
@@ -174,7 +175,8 @@ def test_gradients_that_others_left_do_not_enter() -> None:
 @pytest.mark.usefixtures("graphs")
 @pytest.mark.parametrize("clip_norm", [None, 1.0])
 def test_a_loss_that_is_not_finite_is_returned_and_moves_by_momentum_alone(clip_norm: float | None) -> None:
-    pair, x = LinearGaussianVAE(4, 2), torch.randn(8, 4)
+    networks: Any = {"encoder": nn.Linear(4, 4), "decoder": nn.Linear(2, 4)}
+    pair, x = VAE((4,), pv.StandardNormal(2), **networks), torch.randn(8, 4)
     bad = x.clone()
     bad[3] = 1e200
     data = [(x,)] * 6 + [(bad,), (x,)]
@@ -217,6 +219,15 @@ def hooked(parameters: Any) -> torch.optim.Optimizer:
     return optimizer
 
 
+def replaced(parameters: Any) -> torch.optim.Optimizer:
+    optimizer: Any = fused_adam(parameters)
+    step = optimizer.step
+    optimizer.step = MethodType(lambda self: step(), optimizer)
+    # A scheduler's wrapper does not hide it.
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    return optimizer
+
+
 @pytest.mark.usefixtures("graphs")
 @pytest.mark.parametrize(
     ("make", "reason"),
@@ -228,6 +239,7 @@ def hooked(parameters: Any) -> torch.optim.Optimizer:
         (partial(Own, lr=RATE), "Own is not known to be capturable"),
         (partial(torch.optim.Adagrad, lr=RATE), "Adagrad is not known to be capturable"),
         (hooked, "Adam has hooks around its step"),
+        (replaced, "Adam has a step that was put in the place of its own"),
     ],
 )
 def test_optimisers_that_are_not_capturable_are_told_once(make: Any, reason: str) -> None:
@@ -238,6 +250,54 @@ def test_optimisers_that_are_not_capturable_are_told_once(make: Any, reason: str
     assert not device.graphs
     (line,) = ours[2]
     assert line.startswith(f"steps are launched kernel by kernel, not as one CUDA graph: {reason}")
+
+
+class Watching(torch.optim.Adam):
+    """Note whether torch would let the step into a graph."""
+
+    seen: ClassVar[list[bool]] = []
+
+    def step(self, closure: Any = None) -> None:
+        self.seen.append(self.param_groups[0]["capturable"])
+        super().step(closure)
+
+
+@pytest.mark.usefixtures("graphs")
+def test_a_fused_optimiser_is_capturable_while_it_is_captured_and_not_afterwards() -> None:
+    pair, optimizers = small_vae(), list[Any]()
+    Watching.seen.clear()
+
+    def make(parameters: Any) -> torch.optim.Optimizer:
+        optimizers.append(Watching(parameters, lr=RATE, fused=True))
+        return optimizers[-1]
+
+    device = StandIn(torch.device("cpu"))
+    taken(pair, batches(pair, (6,)), make, device)
+    assert device.replays > 0
+    # Those of the warm-ups, and the one taken down.
+    assert Watching.seen[-WARM_UPS - 1 :] == [True] * (WARM_UPS + 1)
+    assert not optimizers[0].param_groups[0]["capturable"]
+
+
+@pytest.mark.usefixtures("graphs")
+def test_a_hook_that_comes_later_ends_the_graph() -> None:
+    pair, device, calls = small_vae(), StandIn(torch.device("cpu")), list[int]()
+
+    def hook(i: int, pair: pv.Pair, optimizer: torch.optim.Optimizer) -> None:
+        if i == 8:
+            optimizer.register_step_post_hook(lambda *_: calls.append(i))
+
+    taken(pair, batches(pair, (6,)), fused_adam, device, steps=12, between=hook)
+    assert device.replays > 0
+    assert len(calls) == 4
+
+
+@pytest.mark.usefixtures("graphs")
+def test_batches_with_gaps_between_their_rows_are_graphed_too() -> None:
+    pair = small_vae()
+    data = [tuple(torch.stack([tensor, tensor], -1)[..., 0] for tensor in batch) for batch in batches(pair, (6,))]
+    assert not data[0][0].is_contiguous()
+    assert assert_graphed_is_not(pair, data, fused_adam).replays > 0
 
 
 @pytest.mark.usefixtures("graphs")

@@ -34,10 +34,12 @@ def found(program: Callable[..., Any], *inputs: Tensor, device: str = "cpu") -> 
 def test_recordings_that_wait_for_the_device_name_the_operation() -> None:
     x, mask, i = torch.randn(6), torch.tensor([True, False] * 3), torch.tensor([1, 0])
     assert found(lambda x, mask: x[mask].sum(), x, mask) == (
-        "the program asks for the places of true values (aten.index.Tensor): use torch.where"
+        "the program asks for values that the device has yet to compute (aten.index.Tensor)"
     )
     assert "aten.nonzero" in (found(lambda x: x.nonzero(), x) or "")
     assert "index_put" in (found(lambda x, mask, y: x.clone().index_put((mask,), y), x, mask, x[mask]) or "")
+    assert "_linalg_check_errors" in (found(torch.linalg.cholesky, torch.eye(2)) or "")
+    assert "repeat_interleave" in (found(lambda x, i: x.repeat_interleave(i, 0), x[:2], i) or "")
     # Rows by number, one number in the places of a mask, and where.
     assert found(lambda x, i: x[i] + x.index_select(0, i), x, i) is None
     assert found(lambda x, mask: x.masked_fill(mask, 0.0) + torch.where(mask, x, 0.0), x, mask) is None
@@ -57,6 +59,7 @@ def test_recordings_that_compute_elsewhere_name_the_operation() -> None:
     assert found(lambda x: x + torch.rand((), device="cpu"), x, device="meta") == (
         "the program computes on the CPU (aten.rand.default): make the tensor on the batch's device"
     )
+    assert "computes on the CPU (aten.mul" in (found(lambda x, y: x * y, x, torch.ones(()), device="meta") or "")
     assert "computes on the CPU (aten.mul" in (found(lambda x, y: x + 2 * y, x, torch.ones(()), device="meta") or "")
     assert "copies between devices (aten._to_copy" in (
         found(lambda x: x + torch.ones(6, device="cpu").to("meta"), x, device="meta") or ""
@@ -71,7 +74,7 @@ def test_a_program_that_waits_for_the_device_is_launched_kernel_by_kernel() -> N
     assert_same(ours, taken(pair, data, fused_adam, steps=5))
     assert not device.graphs
     (line,) = ours[2]
-    assert "the program asks for the places of true values" in line
+    assert "the program asks for values that the device has yet to compute" in line
 
 
 # fit

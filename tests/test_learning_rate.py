@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, MultiStepLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    LambdaLR,
+    LRScheduler,
+    MultiStepLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+    StepLR,
+)
 
 import pyro_vae as pv
 
@@ -75,6 +83,17 @@ def test_a_run_is_not_resumed_under_another_schedule(tmp_path: Path) -> None:
     fit(pair(), epochs=1, scheduler=SCHEDULES["steps"], run_dir=tmp_path / "run")
     with pytest.raises(ValueError, match="other settings: scheduler"):
         fit(pair(), epochs=2, run_dir=tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize(("factor", "milestone"), [(0.5, 2), (0.1, 3)])
+def test_the_parts_of_a_schedule_are_compared_too(factor: float, milestone: int, tmp_path: Path) -> None:
+    def schedule(factor: float, milestone: int) -> Callable[[torch.optim.Optimizer], LRScheduler]:
+        return lambda adam: SequentialLR(adam, [StepLR(adam, 1), StepLR(adam, 1, factor)], [milestone])
+
+    fit(pair(), epochs=1, scheduler=schedule(0.1, 2), run_dir=tmp_path / "run")
+    fit(pair(), epochs=2, scheduler=schedule(0.1, 2), run_dir=tmp_path / "run", resume=True)
+    with pytest.raises(ValueError, match="other settings: scheduler"):
+        fit(pair(), epochs=3, scheduler=schedule(factor, milestone), run_dir=tmp_path / "run", resume=True)
 
 
 def test_what_no_schedule_can_follow_is_refused() -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, StepLR
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from pyro_vae import updates
 from pyro_vae.updates import update
@@ -111,10 +113,26 @@ def test_what_was_hooked_to_a_step_still_happens(kernels: list[int]) -> None:
     update(optimizer, trained, gradients(1))
     handle.remove()
     step = optimizer.step
-    optimizer.step = lambda: (seen.append("own"), step())  # type: ignore[method-assign, assignment, return-value]
+    optimizer.step = MethodType(lambda self: (seen.append("own"), step()), optimizer)  # type: ignore[method-assign]
     update(optimizer, trained, gradients(2))
-    assert seen == ["hook", "own"]
+    # A scheduler's wrapper does not hide it.
+    StepLR(optimizer, 1)
+    update(optimizer, trained, gradients(3))
+    handle = register_optimizer_step_pre_hook(lambda *_: seen.append("everyone's"))
+    other = MAKE["fused Adam"][0](trained)
+    for i in (4, 5):
+        update(other, trained, gradients(i))
+    handle.remove()
+    assert seen == ["hook", "own", "own", "everyone's", "everyone's"]
     assert not kernels
+
+
+def test_a_state_that_was_looked_up_too_early_is_made_all_the_same() -> None:
+    trained = parameters()
+    optimizer = MAKE["fused Adam"][0](trained)
+    assert not optimizer.state[trained[0]]
+    update(optimizer, trained, gradients(0))
+    assert float(optimizer.state[trained[0]]["step"]) == 1
 
 
 def test_gradients_that_others_left_do_not_enter() -> None:
