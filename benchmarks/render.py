@@ -26,7 +26,7 @@ INTRODUCTION = """# Published figures, run again
 
 Each section is one script in [benchmarks/reproductions](../benchmarks/reproductions), run by
 `python benchmarks/reproduce.py NAME`; its table comes from the results that the script kept, by
-`python benchmarks/render.py`. The last sections are by `python benchmarks/likelihood.py`. Log-likelihoods are in nats
+`python benchmarks/render.py`. The last section is by `python benchmarks/likelihood.py`. Log-likelihoods are in nats
 per datum. A schedule shorter than the published one says so.
 """
 

@@ -11,7 +11,8 @@ def provenance(record: dict[str, Any]) -> str:
     versions, machine = record["versions"], record["machine"]
     return (
         f"{machine['cores']} cores, {machine['processor']}, torch {versions['torch']}, pyro {versions['pyro']}; "
-        f"{record['seconds']:.0f} s and {record['peak_memory_mib']} MiB at most for the whole script."
+        f"{record['seconds']:.0f} s and {record['peak_memory_mib']} MiB at most for the script's last launch, which "
+        "goes on from earlier ones."
     )
 
 

@@ -193,6 +193,11 @@ def _train_early(
     epochs = getattr(options, "early_epochs", 0)
     if not epochs:
         return {}
+    if settings["warmup"] > epochs:
+        raise ValueError(
+            f"warmup is {settings['warmup']} epochs, and the model is started after {epochs}, with β at its full "
+            "weight from then on: make the warm-up as short, or start later"
+        )
     # The checkpoint of a run that is past it holds all there is of it.
     if not (settings["resume"] and (folder / "config.json").exists()):
         if (folder / "config.json").exists():
@@ -273,7 +278,7 @@ def _sample(command: Sample) -> None:
     size = data.test[0].numel() * torch.get_default_dtype().itemsize
     if command.num_samples * size > MOST_BYTES:
         raise ValueError(
-            f"num_samples is {command.num_samples}; each takes {size // MEBIBYTE} MiB, {MOST_BYTES // MEBIBYTE} MiB is "
+            f"num_samples is {command.num_samples}; each takes {size / 1024:.0f} KiB, {MOST_BYTES // MEBIBYTE} MiB is "
             f"the most that is drawn at once: ask for {MOST_BYTES // size} at most"
         )
     drawn = generate(pair, command.num_samples, seed=command.seed)

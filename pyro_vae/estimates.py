@@ -142,6 +142,9 @@ def likelihood_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the table of a :meth:`LogLikelihood.record`: what each number is, and the number with its error."""
     number = _numbers(record)
     mean = f"{number['mean']:.3f} ± {number['standard_error']:.3f} nats (mean over data ± standard error)"
+    if record["data"] == 1:
+        # One datum has no spread over data.
+        mean = f"{number['mean']:.3f} nats (one datum)"
     rows = [
         (record["quantity"], mean),
         ("Monte Carlo part of the error", f"± {number['monte_carlo_error']:.4f} nats"),

@@ -144,7 +144,7 @@ def write_scores(folder: Path, scores: Mapping[str, float]) -> list[str]:
 
 
 CAPTIONS = {
-    "loss": "Training and validation −ELBO, and each site's share of it, over epochs.",
+    "loss": "Training loss, validation −ELBO where there are validation data, each site's share of −ELBO, by epoch.",
     "reconstructions": "Test data above, E[x | z] for one draw of the guide below.",
     "samples": "Means of p(x | …) for latents drawn from the prior; with a mixture prior one row per component.",
     "super_resolution": "For each low-resolution y: draws of x, their mean, their pixel-wise spread, and the truth.",

@@ -200,6 +200,11 @@ def _optimizer(make: MakeOptimizer | None, parameters: list[nn.Parameter], lr: f
     if make is None:
         # One pass over parameters and moments in place of a dozen.
         return torch.optim.Adam(parameters, lr=lr, fused=True)
+    if not callable(make):
+        raise ValueError(
+            f"optimizer is {type(make).__name__}; it must be a function that makes one from the pair's parameters: "
+            "lambda parameters: torch.optim.Adam(parameters, lr=1e-3)"
+        )
     update = make(parameters)
     if isinstance(update, torch.optim.LBFGS):
         raise ValueError("LBFGS evaluates its loss several times a step, on new draws each time: use another optimiser")
@@ -209,11 +214,12 @@ def _optimizer(make: MakeOptimizer | None, parameters: list[nn.Parameter], lr: f
 def _schedule(
     make: MakeScheduler, update: torch.optim.Optimizer, validates: bool
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    schedule = make(update)
+    schedule = make(update) if callable(make) else None
     if not isinstance(schedule, torch.optim.lr_scheduler.LRScheduler):
+        given = make if schedule is None else schedule
         raise ValueError(
-            f"scheduler returned {type(schedule).__name__}; it must make a scheduler of torch.optim.lr_scheduler from "
-            "the optimiser"
+            f"scheduler gives {type(given).__name__}; it must make a scheduler of torch.optim.lr_scheduler from the "
+            "optimiser: lambda optimizer: CosineAnnealingLR(optimizer, 20)"
         )
     if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau) and not validates:
         raise ValueError("ReduceLROnPlateau follows the validation loss: pass validation data")

@@ -166,6 +166,7 @@ def interrupt(*_: object, **__: object) -> None:
             ("gaussian-mixture-vae", "--start-clusters-after", "1", "--components", "1000"),
             "1000 components cannot start at 230 training data",
         ),
+        (("gaussian-mixture-vae", "--start-clusters-after", "1", "--warmup", "2"), "make the warm-up as short"),
         (("ladder-vae", "--rise", "2"), "rise is 2.0, but there are no free bits"),
         (("ladder-vae", "--free-bits", "-1"), "floor is -1"),
         (("ladder-vae", "--free-bits", "1", "--warmup", "2"), "leave --beta and --warmup out"),

@@ -100,5 +100,11 @@ def test_what_no_schedule_can_follow_is_refused() -> None:
     with pytest.raises(ValueError, match="ReduceLROnPlateau follows the validation loss: pass validation data"):
         fit(pair(), epochs=1, validation=None, scheduler=SCHEDULES["plateau"])
     not_one: Any = lambda optimizer: None  # noqa: E731
-    with pytest.raises(ValueError, match="scheduler returned NoneType; it must make a scheduler"):
+    with pytest.raises(ValueError, match="scheduler gives function; it must make a scheduler"):
         fit(pair(), epochs=1, scheduler=not_one)
+    optimizer: Any = torch.optim.Adam(pair().parameters())
+    made: Any = CosineAnnealingLR(optimizer, 4)
+    with pytest.raises(ValueError, match="scheduler gives CosineAnnealingLR; it must make a scheduler"):
+        fit(pair(), epochs=1, scheduler=made)
+    with pytest.raises(ValueError, match="optimizer is Adam; it must be a function that makes one"):
+        fit(pair(), epochs=1, optimizer=optimizer)

@@ -5,7 +5,7 @@
 The guide is E_c q(z | x̃), the corruption marginalised by M draws anew at each run. Given them it is an equal-weight
 mixture: a draw takes one of its components by an index free of parameters, and is scored under all of them, its own
 among them, log q = logsumexp_m log q(z | x̃_m) − log M. Every M therefore gives a bound on log p(x), and in expectation
-a tighter one the larger M is; scored under fresh corruptions alone, a draw would overstate it. The model sees clean
+a tighter one the larger M is; scored under fresh corruptions alone, a draw may overstate it. The model sees clean
 data only, and no site is added.
 
 Reference: Im, Ahn, Memisevic and Bengio (2017), Denoising criterion for variational auto-encoding framework, AAAI.

@@ -28,7 +28,7 @@ from pyro_vae.conditionals import Conditional, DiagonalGaussian, Gaussian, Head,
 from pyro_vae.data import DataSet
 from pyro_vae.models.options import LikelihoodName, ScaleName, make_likelihood
 from pyro_vae.networks import default_decoder, default_encoder
-from pyro_vae.pair import Pair, evaluation
+from pyro_vae.pair import Pair, device_of, evaluation
 from pyro_vae.randomness import own_random_state
 
 __all__ = ["GaussianMixtureVAE", "GaussianMixtureVAEOptions"]
@@ -110,8 +110,9 @@ class GaussianMixtureVAE(Pair):
 
     @torch.no_grad()
     def start_clusters(self, x: Tensor, seed: int = 0) -> None:
-        """Set the prior to the mixture that best fits the encoded data, by expectation–maximisation.
+        """Set the prior to the mixture that best fits draws of the encoded data, by expectation–maximisation.
 
+        Draws, not means: the best prior for a guide is its average over the data, as wide as its posteriors are.
         From a random start most components die in the first epochs, when the decoder does not use z yet. Encode with a
         briefly trained pair instead, start the clusters there, and train on (Jiang et al., 2017, section 4.3).
 
@@ -126,8 +127,9 @@ class GaussianMixtureVAE(Pair):
 
         if len(x) < self.prior.components:
             raise ValueError(f"x holds {len(x)} data, fewer than the prior's {self.prior.components} components")
-        means = torch.cat([self.q_z(rows).mean for rows in x.split(CHUNK)]).double().cpu().numpy()
-        fitted = GaussianMixture(self.prior.components, covariance_type="diag", n_init=5, random_state=seed).fit(means)
+        with own_random_state(seed, device_of(self)):
+            drawn = torch.cat([self.q_z(rows).sample() for rows in x.split(CHUNK)]).double().cpu().numpy()
+        fitted = GaussianMixture(self.prior.components, covariance_type="diag", n_init=5, random_state=seed).fit(drawn)
         self.prior.logits.copy_(torch.from_numpy(fitted.weights_).log())
         self.prior.means.copy_(torch.from_numpy(fitted.means_))
         self.prior.log_scales.copy_(torch.from_numpy(fitted.covariances_).clamp(min=SMALLEST_VARIANCE).log() / 2)

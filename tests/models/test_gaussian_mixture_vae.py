@@ -13,6 +13,7 @@ from torch import Tensor
 import pyro_vae as pv
 from pyro_vae.models import VAE, GaussianMixtureVAE
 from pyro_vae.pair import sample_sites
+from pyro_vae.randomness import own_random_state
 from pyro_vae.testing import PairContract
 
 # The same sums in another order: a few hundred roundings.
@@ -131,17 +132,36 @@ def test_clusters_start_where_the_encoded_data_lie() -> None:
     rows = torch.arange(600) % 3
     x = centres[rows] + 0.1 * torch.randn(600, 2)
     encoder = torch.nn.Linear(2, 4)
-    encoder.load_state_dict({"weight": torch.eye(4, 2), "bias": torch.zeros(4)})
+    # Narrow posteriors: their scale is the softplus of −5.
+    encoder.load_state_dict({"weight": torch.eye(4, 2), "bias": torch.tensor([0.0, 0.0, -5.0, -5.0])})
     pair = GaussianMixtureVAE((2,), pv.MixtureOfGaussians(3, 2), encoder=encoder)
-    pair.start_clusters(x)
+    pair.start_clusters(x, seed=7)
+    with own_random_state(7, torch.device("cpu")), torch.no_grad():
+        drawn = pair.q_z(x).sample()
     order = pair.prior.means[:, 0].argsort()
-    moments = [torch.stack([f(x[rows == k], 0) for k in range(3)]) for f in (torch.mean, torch.var)]
-    # The clusters are thirty standard deviations apart, so that the mixture's fit is each cluster's own moments,
+    moments = [torch.stack([f(drawn[rows == k], 0) for k in range(3)]) for f in (torch.mean, torch.var)]
+    # The clusters are thirty standard deviations apart, so that the mixture's fit is each cluster's draws' own moments,
     # up to scikit-learn's floor of 1e-6 on variances and the correction 200 / 199.
     torch.testing.assert_close(pair.prior.means[order].detach(), moments[0], rtol=1e-6, atol=1e-6)
     variances = (2 * pair.prior.log_scales[order]).exp().detach()
     torch.testing.assert_close(variances, moments[1] * 199 / 200, rtol=1e-3, atol=2e-6)
     torch.testing.assert_close(pair.prior.logits.softmax(-1).detach(), torch.full((3,), 1 / 3), **ROUNDING)
+
+
+def test_a_start_of_clusters_does_not_lower_the_bound() -> None:
+    # Posteriors all alike and as wide as the prior: clusters as narrow as their means would cost hundreds of nats.
+    encoder = torch.nn.Linear(2, 4)
+    torch.nn.init.zeros_(encoder.weight)
+    torch.nn.init.zeros_(encoder.bias)
+    pair, x = GaussianMixtureVAE((2,), pv.MixtureOfGaussians(3, 2), encoder=encoder), torch.randn(2000, 2)
+    with torch.no_grad():
+        drawn = pair.q_z(x).sample()
+        before = pair.prior().log_prob(drawn).mean()
+        pair.start_clusters(x)
+        after = pair.prior().log_prob(drawn).mean()
+    # The mixture fits the very distribution of the draws, other ones of them: 14 parameters cost 14 / (2 · 2000) nats.
+    assert after > before - 0.01
+    assert after > -pair.q_z(x[0]).entropy() - 0.03
 
 
 def test_training_by_drawn_clusters_raises_the_bound() -> None:
