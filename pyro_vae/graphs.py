@@ -35,6 +35,9 @@ class GraphConvolutions(nn.Module):
         hidden: width of the layer between.
         features: X, (N, F); without them X is the identity, so that W₀ holds a row of its own for each node.
 
+    Raises:
+        ValueError: for fewer than one number per node.
+
     Reference:
         Kipf and Welling (2017), Semi-supervised classification with graph convolutional networks, ICLR.
 
@@ -46,6 +49,8 @@ class GraphConvolutions(nn.Module):
 
     def __init__(self, num_nodes: int, outputs: int, hidden: int = 32, features: Tensor | None = None) -> None:
         super().__init__()
+        if hidden < 1 or outputs < 1:
+            raise ValueError(f"hidden is {hidden}, outputs {outputs}; each counts numbers per node: at least 1")
         self.register_buffer("features", features, persistent=False)
         self.first = nn.Parameter(torch.empty(num_nodes if features is None else features.shape[1], hidden))
         self.second = nn.Parameter(torch.empty(hidden, outputs))

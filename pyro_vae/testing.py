@@ -65,7 +65,10 @@ def check_pair(pair: Pair, batch: Tensor | tuple[Tensor, ...]) -> list[Finding]:
     batch = (batch,) if isinstance(batch, Tensor) else tuple(batch)
     check_batch(pair, batch, "batch")
     if len(batch[0]) < 2:
-        raise ValueError("check_pair needs a batch of at least two data, to see whether they stay apart")
+        raise ValueError(
+            "check_pair needs a batch of at least two data, to see whether they stay apart; where a datum is a graph, "
+            "two graphs on the same nodes"
+        )
     batch = to_pair(pair, batch)
     with own_random_state(0, device_of(pair)):
         stored = set(pyro.get_param_store())

@@ -164,3 +164,9 @@ def test_a_graph_without_edges_or_without_gaps_has_no_balance(value: bool) -> No
     pair = VGAE(4, pv.StandardNormal(2))
     with pytest.raises(ValueError, match="lacks one of the two"):
         pv.fit(pair, a, epochs=1, batch_size=1, loss=BalancedGraphLoss(), progress=False)
+
+
+@pytest.mark.parametrize("sizes", [{"hidden": 0}, {"outputs": 0}])
+def test_convolutions_without_width_are_refused(sizes: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        GraphConvolutions(**{"num_nodes": 4, "outputs": 2} | sizes)
