@@ -9,10 +9,10 @@ from typing import Any
 def provenance(record: dict[str, Any]) -> str:
     """Return one sentence on where a record was made."""
     versions, machine = record["versions"], record["machine"]
+    what = "last launch, which went on from earlier ones" if record.get("resumed") else "whole script"
     return (
         f"{machine['cores']} cores, {machine['processor']}, torch {versions['torch']}, pyro {versions['pyro']}; "
-        f"{record['seconds']:.0f} s and {record['peak_memory_mib']} MiB at most for the script's last launch, which "
-        "goes on from earlier ones."
+        f"{record['seconds']:.0f} s and {record['peak_memory_mib']} MiB at most for the {what}."
     )
 
 

@@ -138,7 +138,7 @@ class _CapturedStep:
         self.pair, self.loss, self.optimizer, self.options = pair, loss, optimizer, options
         self.eager_backward = eager_backward(pair, loss, options.num_particles)
         self.eager_step = updating_step(self.eager_backward, optimizer, options.clip_norm)
-        self.optimised = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+        self.optimised = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self.parameters = list(pair.parameters())
         floating = [p for p in self.parameters if p.is_floating_point()]
         like = floating[0] if floating else torch.empty(())
