@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Annealed", "advance"]
+__all__ = ["Annealed", "advance", "annealed"]
 
 
 class Annealed(nn.Module):
@@ -56,6 +56,10 @@ class Annealed(nn.Module):
 
 def advance(module: nn.Module, epochs: float) -> None:
     """Move every :class:`Annealed` number inside a module to where it is after ``epochs`` epochs."""
-    for part in module.modules():
-        if isinstance(part, Annealed):
-            part.move_to(epochs)
+    for part in annealed(module):
+        part.move_to(epochs)
+
+
+def annealed(module: nn.Module) -> list[Annealed]:
+    """Return every :class:`Annealed` number inside a module."""
+    return [part for part in module.modules() if isinstance(part, Annealed)]

@@ -21,9 +21,9 @@ from pyro_vae.loading import Batches
 from pyro_vae.objectives import elbo
 from pyro_vae.pair import Pair
 from pyro_vae.precision import Precision, check_precision, networks, to_precision
-from pyro_vae.processes import Averaging, LostProcessError, join
+from pyro_vae.processes import Averaging, LostProcessError, Processes, join
 from pyro_vae.randomness import own_random_state
-from pyro_vae.svi import WEIGHED, Average, Loss, Step, check_loss, eager_step
+from pyro_vae.svi import WEIGHED, Loss, Step, check_loss, eager_step
 from pyro_vae.trainer import Settings, Trainer
 
 __all__ = ["Run", "fit"]
@@ -137,59 +137,84 @@ def fit(
     [1, 2]
     """
     loss = Trace_ELBO() if loss is None else loss
-    target = resolve_device(device)
-    check_precision(precision, tf32, target)
-    processes = join(target)
-    target, batch = processes.device(target), _converted(as_batch(data), precision)
-    to_precision(pair, precision)
-    check_batch(pair, batch, "data")
-    if validation is not None and not isinstance(validation, (int, float)):
-        validation = _converted(as_batch(validation), precision)
-    train, held_out = split(batch, validation, seed)
-    counts = {"batch_size": batch_size, "processes": processes.size, "epochs": epochs, "num_particles": num_particles}
-    check_data(pair, train, held_out, **counts)
-    check_settings(held_out, lr=lr, beta=beta, warmup=warmup, clip_norm=clip_norm, patience=patience)
-    check_loss(pair, loss, train, num_particles=num_particles, uses_beta=beta != 1 or warmup > 0)
+    processes, target = _place(device, precision, tf32)
+    train, held_out = _data(pair, data, validation, precision, seed)
+    kept: dict[str, Any] = {"batch_size": batch_size, "num_particles": num_particles, "lr": lr, "clip_norm": clip_norm}
+    kept |= {"beta": beta, "warmup": warmup, "patience": patience, "seed": seed, "compiled": compiled, "tf32": tf32}
+    _check(pair, loss, train, held_out, epochs, processes.size, kept)
     update = _optimizer(optimizer, list(pair.to(target).parameters()), lr)
     schedule = None if scheduler is None else _schedule(scheduler, update, held_out is not None)
     dtype = str(next(pair.parameters()).dtype).removeprefix("torch.")
-    settings = Settings(
-        batch_size=batch_size,
-        lr=lr,
-        beta=beta,
-        warmup=warmup,
-        clip_norm=clip_norm,
-        num_particles=num_particles,
-        patience=patience,
-        seed=seed,
-        loss=_described(loss),
-        optimizer=_described(update),
-        scheduler=_described_schedule(schedule),
-        compiled=compiled,
-        data=fingerprint(train),
-        validation=fingerprint(held_out),
-        precision=precision or dtype,
-        tf32=tf32,
-        processes=processes.size,
-    )
+    named = {"loss": _described(loss), "optimizer": _described(update), "scheduler": _described_schedule(schedule)}
+    named |= {"data": fingerprint(train), "validation": fingerprint(held_out), "precision": precision or dtype}
+    settings = Settings(**kept, **named, processes=processes.size)
     processes.check_same((settings.data, settings.validation))
     in_bfloat16 = networks(pair, train) if precision == "bf16-mixed" else []
     trainer = Trainer(pair, update, schedule, Batches(train, target), held_out, settings, processes, in_bfloat16)
     trainer.weighs_divergence = loss is elbo or isinstance(loss, WEIGHED)
     shows = progress and processes.is_first
-    average = Averaging(pair) if processes.size > 1 else None
-    steps = _steps(pair, loss, update, settings, capture, average, tell=console.print if shows else None)
+    steps = _steps(pair, loss, update, settings, capture, console.print if shows else None)
     folder = None if run_dir is None else Path(run_dir)
-    with own_random_state(processes.seed(seed), target):
+    _train(trainer, steps, epochs, shows, folder, resume, config or {})
+    return Run(pair, trainer.metrics, folder)
+
+
+def _place(device: str | torch.device, precision: Precision | None, tf32: bool) -> tuple[Processes, torch.device]:
+    """Return the processes of the run, joined, and this one's device."""
+    target = resolve_device(device)
+    check_precision(precision, tf32, target)
+    processes = join(target)
+    return processes, processes.device(target)
+
+
+def _data(
+    pair: Pair, data: Data, validation: Data | float | None, precision: Precision | None, seed: int
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]:
+    """Return training and held-out data in the run's precision, to which the pair is converted too."""
+    batch = _converted(as_batch(data), precision)
+    to_precision(pair, precision)
+    check_batch(pair, batch, "data")
+    if validation is not None and not isinstance(validation, (int, float)):
+        validation = _converted(as_batch(validation), precision)
+    return split(batch, validation, seed)
+
+
+def _check(
+    pair: Pair,
+    loss: Loss,
+    train: tuple[Tensor, ...],
+    held_out: tuple[Tensor, ...] | None,
+    epochs: int,
+    processes: int,
+    kept: dict[str, Any],
+) -> None:
+    """Refuse bad data and settings before anything is trained or written."""
+    counts = {name: kept[name] for name in ("batch_size", "num_particles")}
+    check_data(pair, train, held_out, **counts, epochs=epochs, processes=processes)
+    check_settings(held_out, **{name: kept[name] for name in ("lr", "beta", "warmup", "clip_norm", "patience")})
+    uses_beta = kept["beta"] != 1 or kept["warmup"] > 0
+    check_loss(pair, loss, train, num_particles=kept["num_particles"], uses_beta=uses_beta)
+
+
+def _train(
+    trainer: Trainer,
+    steps: tuple[Step, Step],
+    epochs: int,
+    progress: bool,
+    folder: Path | None,
+    resume: bool,
+    config: dict[str, Any],
+) -> None:
+    """Begin the run or take it up, and leave the pair trained."""
+    with own_random_state(trainer.processes.seed(trainer.settings.seed), trainer.device):
         if folder is not None:
-            trainer.open_folder(folder, resume, {"epochs": epochs, **(config or {})})
+            trainer.open_folder(folder, resume, {"epochs": epochs, **config})
         elif resume:
             raise ValueError("resume needs run_dir, the folder of the run to continue")
-        _epochs(trainer, steps, epochs, shows)
-    if patience is not None:
+        _epochs(trainer, steps, epochs, progress)
+    if trainer.settings.patience is not None:
         trainer.restore_best()
-    pair.eval()
-    return Run(pair, trainer.metrics, folder)
+    trainer.pair.eval()
 
 
 def _converted(batch: tuple[Any, ...], precision: Precision | None) -> tuple[Any, ...]:
@@ -254,7 +279,6 @@ def _steps(
     optimizer: torch.optim.Optimizer,
     settings: Settings,
     capture: Literal["auto"] | bool,
-    average: Average | None,
     tell: Callable[[str], object] | None,
 ) -> tuple[Step, Step]:
     """Return the step of a run's first batch, which Pyro validates and so is eager, and that of the others."""
@@ -262,6 +286,7 @@ def _steps(
         raise ValueError(f"capture is {capture!r}; it must be 'auto', True or False")
     if settings.compiled and capture is False:
         raise ValueError("compiled asks for the recording of a run with capture=False: leave one of them out")
+    average = Averaging(pair) if settings.processes > 1 else None
     options: Any = {"num_particles": settings.num_particles, "clip_norm": settings.clip_norm, "average": average}
     eager = eager_step(pair, loss, optimizer, **options)
     if capture is False:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from pyro_vae._version import __version__
-from pyro_vae.annealing import advance
+from pyro_vae.annealing import annealed
 from pyro_vae.checkpoint import load_state, read_json, restore, save_parameters, save_state, write_text
 from pyro_vae.cuda_graphs import GraphedStep
 from pyro_vae.loading import Batch, Batches, Rows
@@ -105,12 +105,14 @@ class Trainer:
         order = torch.randperm(size, generator=generator)
         parts = order.split(self.settings.batch_size * self.processes.size)
         losses: list[float | Tensor] = []
-        read = 0
+        # A walk over all modules at each step would take as long as a small network's update.
+        read, numbers = 0, annealed(self.pair)
         with self._products():
             shares = [self.processes.share(part) for part in parts]
             for i, batch in enumerate(self.train(shares)):
                 beta = self._beta(self.epoch + i / len(parts))
-                advance(self.pair, self.epoch + i / len(parts))
+                for number in numbers:
+                    number.move_to(self.epoch + i / len(parts))
                 losses.append(self._guarded(step if self.validated else first, batch, beta))
                 self.validated = True
                 if i + 1 == len(parts) or i + 1 - read >= STEPS_BETWEEN_READINGS:

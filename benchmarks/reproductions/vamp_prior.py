@@ -15,9 +15,11 @@ from pyro_vae.networks import GatedMLP
 from pyro_vae.report import markdown_table
 
 TITLE = "VampPrior, static MNIST, gated 784–300–300–40, 500 pseudo-inputs"
-EPOCHS, PATIENCE = 6, 6
+EPOCHS = 50
 # The published warm-up takes 100 epochs.
-WARMUP, LR = 2, 5e-4
+WARMUP, LR = 10, 5e-4
+# The rate falls to a third after each of these shares of the epochs.
+MILESTONES = (0.7, 0.9)
 SEEDS = (0,)
 LATENT = 40
 PSEUDO_INPUTS = 500
@@ -36,9 +38,15 @@ def run(scale: float, data_root: str | None) -> dict[str, Any]:
 def _one(prior: str, data: pv.data.DataSet, seed: int, epochs: int) -> dict[str, Any]:
     torch.manual_seed(seed)
     pair, name = _pair(prior, data), f"vamp_prior/{prior.split('(')[0].lower()}-{epochs}-{seed}"
-    settings = {"epochs": epochs, "batch_size": 100, "lr": LR, "seed": seed, "patience": PATIENCE}
-    seconds, negative_elbo = trained(pair, data, name, warmup=min(WARMUP, epochs), **settings)
+    # With as much patience as there are epochs none is left out, and the best by validation is kept.
+    settings: dict[str, Any] = {"epochs": epochs, "batch_size": 100, "lr": LR, "seed": seed, "patience": epochs}
+    settings |= {"warmup": min(WARMUP, epochs), "scheduler": lambda adam: _lowered(adam, epochs)}
+    seconds, negative_elbo = trained(pair, data, name, **settings)
     return {"seconds": seconds, "negative_elbo": negative_elbo, **evaluated(pair, data, name, some=100)}
+
+
+def _lowered(optimizer: torch.optim.Optimizer, epochs: int) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.MultiStepLR(optimizer, [round(share * epochs) for share in MILESTONES], 1 / 3)
 
 
 def table(record: dict[str, Any]) -> str:
