@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import operator
 import time
 import warnings
 from collections.abc import Callable
@@ -9,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch._ops import OpOverload
+from torch.fx import GraphModule, Node
 
 __all__ = ["compile_graph", "keep_pages"]
 
@@ -42,7 +45,7 @@ def compile_graph(
         # recording is chosen by, so that they need no check at each call.
         options = {"fallback_random": True, "size_asserts": False, "alignment_asserts": False}
         with torch.no_grad(), config.patch(options):
-            run = standalone_compile(graph, [*inputs], dynamic_shapes="from_example_inputs")
+            run = standalone_compile(_reshaping(graph), [*inputs], dynamic_shapes="from_example_inputs")
         cached = counters["inductor"]["fxgraph_cache_hit"] > before
         tell(f"compiled in {time.perf_counter() - start:.1f} s{', from the cache on disk' if cached else ''}")
         return run
@@ -50,6 +53,41 @@ def compile_graph(
         reason = str(error).split("\n")[0].strip() or type(error).__name__
         warnings.warn(f"the recorded step is replayed uncompiled: {reason}", stacklevel=6)
         return None
+
+
+def _reshaping(graph: GraphModule) -> GraphModule:
+    """Return a copy that reshapes where the recorded graph takes a view of what is only read.
+
+    The compiler may lay a tensor out otherwise than it was recorded, and not every layout has the view; reshaping then
+    copies. What is written to through a view, or while there is one, must stay the same memory.
+    """
+    graph = copy.deepcopy(graph)
+    for node in graph.graph.nodes:
+        if node.target is torch.ops.aten.view.default and _only_read(_origin(node)):
+            node.target = torch.ops.aten.reshape.default
+    graph.recompile()
+    return graph
+
+
+def _origin(node: Node) -> Node:
+    """Return the node whose memory a node is a view of; itself where it is none."""
+    while _is_view(node):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _only_read(node: Node) -> bool:
+    """Tell whether no operation writes to a node or to a view of it."""
+    return all(
+        not (isinstance(user.target, OpOverload) and user.target._schema.is_mutable)
+        and (not _is_view(user) or _only_read(user))
+        for user in node.users
+    )
+
+
+def _is_view(node: Node) -> bool:
+    # One of several results may be a view of what they were taken from.
+    return node.target is operator.getitem or (isinstance(node.target, OpOverload) and node.target.is_view)
 
 
 def keep_pages() -> None:

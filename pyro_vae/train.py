@@ -145,7 +145,11 @@ def fit(
     update = _optimizer(optimizer, list(pair.to(target).parameters()), lr)
     schedule = None if scheduler is None else _schedule(scheduler, update, held_out is not None)
     dtype = str(next(pair.parameters()).dtype).removeprefix("torch.")
-    named = {"loss": _described(loss), "optimizer": _described(update), "scheduler": _described_schedule(schedule)}
+    named: dict[str, Any] = {
+        "loss": _described(loss),
+        "optimizer": _described(update),
+        "scheduler": _described_schedule(schedule),
+    }
     named |= {"data": fingerprint(train), "validation": fingerprint(held_out), "precision": precision or dtype}
     settings = Settings(**kept, **named, processes=processes.size)
     processes.check_same((settings.data, settings.validation))
