@@ -22,6 +22,8 @@ RESULTS = Path(__file__).parent / "results"
 RUNS = Path(__file__).resolve().parents[1] / "runs" / "reproduce"
 # Recorded and compiled: the same steps in less time.
 FAST: dict[str, Any] = {"capture": True, "compiled": True}
+# Run folders and evaluations of earlier launches that this one took up: its time then lacks theirs.
+TAKEN_UP: list[Path] = []
 # K and the number of test data: all of them with few draws, as most papers do, and fewer data with more draws.
 EVALUATIONS: dict[str, tuple[int, int | None]] = {"all": (200, None), "some": (5000, 1000)}
 
@@ -31,6 +33,7 @@ def keep(name: str, results: dict[str, Any], started: float, folder: Path = RESU
     record = {
         "results": results,
         "seconds": round(time.perf_counter() - started, 1),
+        "resumed": bool(TAKEN_UP),
         # Linux counts in KiB.
         "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "machine": {"cores": os.cpu_count(), "processor": platform.machine(), "system": platform.system()},
@@ -68,6 +71,7 @@ def trained(pair: pv.Pair, data: pv.data.DataSet, name: str, **settings: Any) ->
     folder = RUNS / name
     # One that ended before its first epoch left nothing to go on from.
     resume = (folder / "checkpoint" / "pair.safetensors").exists()
+    TAKEN_UP.extend([folder] if resume else [])
     validation = data.validation if data.validation is not None else data.test
     run = pv.fit(pair, data.train, validation=validation, run_dir=folder, resume=resume, **{**FAST, **settings})
     losses = [record["validation_loss"] for record in run.metrics]
@@ -86,6 +90,7 @@ def evaluated(pair: pv.Pair, data: pv.data.DataSet, name: str, some: int | None 
 
 def _likelihood(pair: pv.Pair, x: torch.Tensor, path: Path, num_particles: int, size: int | None) -> dict[str, Any]:
     if path.exists():
+        TAKEN_UP.append(path)
         return read_json(path)
     rows = x if size is None else pv.data.subset_after_shuffle(x, size)
     started = time.perf_counter()

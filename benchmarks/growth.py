@@ -28,6 +28,7 @@ import torch
 import tyro
 from common import RESULTS, keep_timings
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, ScalarFormatter
 from pyro.infer import Trace_ELBO
 from side_by_side import Turn, by_turns, timings
 
@@ -137,7 +138,10 @@ def drawn(axes: dict[str, Any]) -> Figure:
         sizes = [int(size) for size in record["median_ms"]]
         ax.loglog(sizes, list(record["median_ms"].values()), "o-")
         ax.fill_between(sizes, *zip(*record["quartiles_ms"].values(), strict=True), alpha=0.3)
-        ax.set_xticks(sizes, [str(size) for size in sizes])
+        ax.set_xticks(sizes, [str(size) for size in sizes], fontsize=8)
+        # A range of less than a decade would be left without a number at its side.
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter(ScalarFormatter())
         ax.minorticks_off()
         ax.set_xlabel(axis)
         ax.set_ylabel(f"ms per {record['work']} (median, quartiles)")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import reproductions
 import tyro
-from common import RESULTS, keep
+from common import RESULTS, TAKEN_UP, keep
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ def main(options: Options) -> None:
     # All names are looked up before the first row trains.
     rows = {name: reproductions.row(name) for name in options.names}
     for name, row in rows.items():
+        TAKEN_UP.clear()
         started = time.perf_counter()
         results = row.run(options.scale, options.data_root)
         path = keep(f"reproduce_{name}", results, started, options.results)
