@@ -35,7 +35,7 @@ STEPS_BEFORE_CAPTURE = 50
 # One for the progress bar and for the lines above it.
 console = Console(stderr=True)
 # The attributes of an ELBO that say what is maximised.
-NUMBERS_OF_A_LOSS = ("alpha", "beta", "gamma", "data_size", "num_particles")
+NUMBERS_OF_A_LOSS = ("alpha", "beta", "gamma", "data_size", "num_particles", "self_links")
 
 
 class Run(NamedTuple):

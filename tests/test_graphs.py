@@ -120,22 +120,24 @@ def test_what_is_no_undirected_graph_has_no_probability(mistake) -> None:
         graph.log_prob(mistake(a))
 
 
-def test_the_balanced_loss_is_the_published_one_but_for_the_diagonal() -> None:
+@pytest.mark.parametrize("self_links", [True, False])
+def test_the_balanced_loss_is_the_published_one(self_links: bool) -> None:
     size, a = 6, random_graphs(1, 6)
     pair = VGAE(size, pv.StandardNormal(2), torch.randn(size, 3))
     torch.manual_seed(5)
-    ours = BalancedGraphLoss().loss(pair.model, pair.guide, a)
+    ours = BalancedGraphLoss(self_links=self_links).loss(pair.model, pair.guide, a)
     torch.manual_seed(5)
     q = pair.q_z(a)
     z = q.to_event(1).rsample()[0]
-    # The published loss: a weighted mean over the N² ordered pairs, and a divergence divided by N².
-    target, edges, ordered = a[0].to(z), a.sum(), size * (size - 1)
+    # The published loss: a weighted mean over the N² ordered pairs, and a divergence divided by N². Nodes are their own
+    # neighbours in its target, but not in its count of edges.
+    target, edges, ordered = a[0].to(z) + torch.eye(size), a.sum(), size * (size - 1)
     weight, norm = (ordered - edges) / edges, ordered / (2 * (ordered - edges))
     entries = torch.nn.functional.binary_cross_entropy_with_logits(
         z @ z.mT, target, pos_weight=weight, reduction="none"
     )
     divergence = torch.distributions.kl_divergence(q, pv.StandardNormal(2)()).sum()
-    published = (norm * (entries * (1 - torch.eye(size))).sum() + divergence) / size**2
+    published = (norm * (entries if self_links else entries * (1 - torch.eye(size))).sum() + divergence) / size**2
     # The cross-entropy of both (i, j) and (j, i) times norm is that of i < j times 2 norm.
     assert float(published.detach()) * size**2 == pytest.approx(ours, rel=1e-10)
 
@@ -154,7 +156,7 @@ def test_minus_the_balanced_loss_lies_below_the_elbo() -> None:
 def test_a_balanced_loss_weighs_both_kinds_of_pairs_alike() -> None:
     # At z = 0 every pair costs log 2, and each kind has the weight of all pairs.
     a = random_graphs(1, 8)
-    nodes = graphs._Balanced(torch.zeros(1, 8, 2))
+    nodes = graphs._Balanced(torch.zeros(1, 8, 2), self_links=False)
     assert float(nodes.log_prob(a)) == pytest.approx(-2 * 28 * float(torch.tensor(2.0).log()), rel=1e-12)
 
 
