@@ -211,9 +211,9 @@ class BalancedGraphLoss(TraceMeanField_ELBO):
 
     p_ij = σ(z_iᵀ z_j), of P pairs E edges. Both kinds of pairs weigh P in all. The last sum counts every node as linked
     to itself, which keeps the latents of nodes with few edges, or none, away from zero; docs/results.md measures what
-    it is worth. Weights of pairs are one at least and every logarithm is negative, so that minus the loss lies below the
-    ELBO, but it tends to log p(A) for no guide: report ``pv.log_likelihood``, or the ELBO, instead. Divided by N² it
-    is the published loss, which has N² in the place of 2 P.
+    it is worth. Weights of pairs are one at least and every logarithm is negative, so that minus the loss lies below
+    the ELBO, but it tends to log p(A) for no guide: report ``pv.log_likelihood``, or the ELBO, instead. Divided by N²
+    it is the published loss, which has N² in the place of 2 P.
 
     Args:
         self_links: whether every node counts as linked to itself, as published.
