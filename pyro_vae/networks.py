@@ -51,6 +51,11 @@ class MLP(nn.Module):
         outputs: size of the output.
         hidden: widths of the hidden layers; none makes the network affine.
         activation: the function between layers, SiLU by default.
+        batch_norm: whether hidden layers are batch normalised, over all leading dimensions. A datum's output then
+            depends on its batch while training; in evaluation mode, by running averages, it is its own.
+
+    Reference:
+        Ioffe and Szegedy (2015), Batch normalization, ICML.
 
     >>> MLP([(1, 8, 8)], 10, hidden=(32,))(torch.zeros(3, 5, 1, 8, 8)).shape
     torch.Size([3, 5, 10])
@@ -62,17 +67,22 @@ class MLP(nn.Module):
         outputs: int,
         hidden: Sequence[int] = (256, 256),
         activation: Callable[[Tensor], Tensor] = silu,
+        *,
+        batch_norm: bool = False,
     ) -> None:
         super().__init__()
-        self.activation = activation
+        self.activation, self.batch_norm = activation, batch_norm
         self.shapes = [tuple(shape) for shape in shapes]
         sizes = [sum(math.prod(shape) for shape in shapes), *hidden, outputs]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
+        self.norms = nn.ModuleList(nn.BatchNorm1d(width) if batch_norm else nn.Identity() for width in hidden)
 
     def forward(self, *inputs: Tensor) -> Tensor:
         h = flatten_inputs(inputs, self.shapes)
-        for layer in self.layers[:-1]:
-            h = self.activation(layer(h))
+        for layer, norm in zip(self.layers, self.norms, strict=False):
+            h = layer(h)
+            # One dimension for all rows, which is what batch normalisation takes.
+            h = self.activation(norm(h.reshape(-1, h.shape[-1])).reshape(h.shape) if self.batch_norm else h)
         return self.layers[-1](h)
 
 

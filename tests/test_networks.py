@@ -20,6 +20,7 @@ def looped(network: nn.Module, x: Tensor) -> Tensor:
     "network",
     [
         lambda: MLP([(1, 8, 8)], 10, (16,)),
+        lambda: MLP([(1, 8, 8)], 10, (16,), batch_norm=True).eval(),
         lambda: ConvEncoder((1, 8, 8), 10, channels=2, hidden=8),
         lambda: ConvDecoder([(1, 8, 8)], (2, 16, 16), channels=2, hidden=8),
     ],
@@ -51,6 +52,18 @@ def test_flatten_inputs_keeps_the_order() -> None:
         flatten_inputs([y], [(1, 2, 2), (1,)])
     with pytest.raises(ValueError, match=r"an input has shape \(1, 2, 2\); its last dimensions must be \(1, 4\)"):
         flatten_inputs([y], [(1, 4)])
+
+
+def test_batch_normalised_layers_are_standardised_over_all_rows() -> None:
+    net, x = MLP([(4,)], 2, (6,), activation=lambda h: h, batch_norm=True), 5 * torch.randn(3, 7, 4) + 2
+    kept: list[Tensor] = []
+    net.layers[1].register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0]))
+    out = net(x)
+    rows = kept[0].reshape(-1, 6)
+    torch.testing.assert_close(rows.mean(0), torch.zeros(6), **ROUNDING)
+    # The variance has torch's 1e-5 added before it divides; those of affine maps of x are far above it.
+    assert torch.allclose(rows.var(0, correction=0), torch.ones(6), atol=1e-4)
+    torch.testing.assert_close(out.reshape(-1, 2), net(x.reshape(-1, 4)), **ROUNDING)
 
 
 def test_no_hidden_layer_makes_an_affine_map() -> None:

@@ -17,10 +17,10 @@ from pyro_vae.objectives import free_bits
 from pyro_vae.report import markdown_table
 
 TITLE = "Ladder VAE, static MNIST"
-EPOCHS = 10
+EPOCHS = 16
 SEEDS = (0, 1)
 LADDERS = {3: ((32, 16, 8), (256, 128, 64)), 5: ((64, 32, 16, 8, 4), (256, 128, 64, 32, 32))}
-WAYS = ("warm-up", "free bits")
+WAYS = ("warm-up", "warm-up and batch norm", "free bits")
 FREE_BITS = 2.0
 DATA, PARTICLES = 1000, 200
 # Every layer should carry more nats than this.
@@ -40,9 +40,9 @@ def run(scale: float, data_root: str | None) -> dict[str, Any]:
         rows[name] = {"divergences": [], "negative_log_likelihood": [], "standard_error": [], "seconds": []}
         for seed in SEEDS:
             torch.manual_seed(seed)
-            pair = _pair(*LADDERS[layers], data.x_shape)
+            pair = _pair(*LADDERS[layers], data.x_shape, batch_norm="batch norm" in way)
             # An objective has no β to warm up.
-            settings = {"warmup": max(1, epochs // 2)} if way == "warm-up" else {"loss": free_bits(FREE_BITS)}
+            settings = {"warmup": max(1, epochs // 2)} if "warm-up" in way else {"loss": free_bits(FREE_BITS)}
             run = f"ladder/{layers}-{way.replace(' ', '-')}-{epochs}-{seed}"
             seconds = trained(pair, data, run, epochs=epochs, batch_size=100, seed=seed, **settings)[0]
             report = pv.collapse_report(pair, x, seed=seed)
@@ -79,8 +79,12 @@ def table(record: dict[str, Any]) -> str:
     )
 
 
-def _pair(sizes: tuple[int, ...], hidden: tuple[int, ...], x_shape: tuple[int, ...]) -> pv.Pair:
-    decoder = MLP([(sizes[0],)], 784, (256, 256))
-    first = nn.Sequential(MLP([x_shape], hidden[0], (hidden[0],)), nn.SiLU())
-    rest = [nn.Sequential(MLP([(a,)], b, (b,)), nn.SiLU()) for a, b in pairwise(hidden)]
-    return pv.models.LadderVAE(x_shape, sizes, pv.Bernoulli(), hidden=hidden, bottom_up=[first, *rest], decoder=decoder)
+def _pair(sizes: tuple[int, ...], hidden: tuple[int, ...], x_shape: tuple[int, ...], *, batch_norm: bool) -> pv.Pair:
+    norm: Any = {"batch_norm": batch_norm}
+    first = MLP([x_shape], hidden[0], (hidden[0],), **norm)
+    bottom_up = [
+        nn.Sequential(net, nn.SiLU()) for net in (first, *(MLP([(a,)], b, (b,), **norm) for a, b in pairwise(hidden)))
+    ]
+    decoder = MLP([(sizes[0],)], 784, (256, 256), **norm)
+    networks: Any = {"bottom_up": bottom_up, "decoder": decoder}
+    return pv.models.LadderVAE(x_shape, sizes, pv.Bernoulli(), hidden=hidden, **norm, **networks)

@@ -9,11 +9,11 @@ guide samples downwards and multiplies it by what the model says, p(z_l | z_{l+1
     q(z_l | z_{l+1}, x) = N(v_l (m_l / s_l² + μ_l / σ_l²), v_l),   1 / v_l = 1 / s_l² + 1 / σ_l²
 
 and q(z_L | x) = N(m_L, s_L²). The networks of p(z_l | z_{l+1}) are the model's and the guide's at once. Against layers
-that fall idle, train with ``fit(warmup=…)`` or the objective :func:`~pyro_vae.objectives.free_bits`, which takes a
-warm-up of its own; both see one site for each layer, and so does ``collapse_report``.
+that fall idle, normalise by batches and train with ``fit(warmup=…)``, or take the objective
+:func:`~pyro_vae.objectives.free_bits`, which has a warm-up of its own; both see one site for each layer, and so does
+``collapse_report``.
 
-Reference: Sønderby, Raiko, Maaløe, Sønderby and Winther (2016), Ladder variational autoencoders, NeurIPS; without their
-batch normalisation, which would couple the data of a batch.
+Reference: Sønderby, Raiko, Maaløe, Sønderby and Winther (2016), Ladder variational autoencoders, NeurIPS.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ class LadderVAE(Pair):
         bottom_up: networks of the user's own f_1, …, f_L, with d_l of width ``hidden[l]``.
         top_down: networks of the user's own for p(z_l | z_{l+1}), l = 1, …, L − 1, with 2 ``sizes[l]`` outputs.
         decoder: network of the user's own for p(x | z_1).
+        batch_norm: whether the default networks between layers are batch normalised, as published (see
+            :class:`~pyro_vae.networks.MLP`): under a warm-up it keeps upper layers from falling idle.
 
     Raises:
         ValueError: for no layers, a size or width below 1, and networks that are not one for each layer.
@@ -71,6 +73,7 @@ class LadderVAE(Pair):
         bottom_up: Sequence[nn.Module] | None = None,
         top_down: Sequence[nn.Module] | None = None,
         decoder: nn.Module | None = None,
+        batch_norm: bool = False,
     ) -> None:
         super().__init__()
         widths = [max(256 >> layer, 32) for layer in range(len(sizes))] if hidden is None else list(hidden)
@@ -78,11 +81,11 @@ class LadderVAE(Pair):
         self.x_shape, gaussian, head = tuple(x_shape), DiagonalGaussian(), likelihood or Bernoulli()
         if bottom_up is None:
             first = default_encoder(self.x_shape, widths[0])
-            rest = (MLP([(a,)], b, (b,)) for a, b in pairwise(widths))
+            rest = (MLP([(a,)], b, (b,), batch_norm=batch_norm) for a, b in pairwise(widths))
             bottom_up = [nn.Sequential(network, nn.SiLU()) for network in (first, *rest)]
         if top_down is None:
             above = zip(sizes[1:], sizes, widths, strict=False)
-            top_down = [MLP([(a,)], 2 * size, (width, width)) for a, size, width in above]
+            top_down = [MLP([(a,)], 2 * size, (width, width), batch_norm=batch_norm) for a, size, width in above]
         decoder = decoder or default_decoder([(sizes[0],)], self.x_shape, head.num_outputs(self.x_shape))
         layers = list(zip(sizes, widths, strict=True))
         self.bottom_up = nn.ModuleList(bottom_up)
@@ -135,6 +138,8 @@ class LadderVAEOptions:
     """Size of z next to the data; each layer above it has half as many, at least 2."""
     likelihood: LikelihoodName = "discretised-logistic"
     """Distribution of x given z."""
+    batch_norm: bool = False
+    """Normalise the networks between layers by batches, which keeps upper layers in use."""
     free_bits: float = 0.0
     """Nats that each layer's divergence has for free in training; 0 trains on the ELBO."""
     rise: float = 0.0
@@ -147,7 +152,9 @@ class LadderVAEOptions:
             raise ValueError(f"layers is {self.layers}; a ladder has at least 1")
         if self.rise and not self.free_bits:
             raise ValueError(f"rise is {self.rise}, but there are no free bits: use --warmup, which weighs the ELBO")
-        pair = LadderVAE(data.x_shape, sizes, make_likelihood(self.likelihood, "scalar", data))
+        pair = LadderVAE(
+            data.x_shape, sizes, make_likelihood(self.likelihood, "scalar", data), batch_norm=self.batch_norm
+        )
         if self.rise:
             # A module of the pair's, so that training moves it and a checkpoint keeps it.
             pair.beta = Annealed(0.0, 1.0, self.rise)

@@ -37,6 +37,33 @@ class TestLadderVAE(PairContract):
         return (torch.randint(0, 17, (5, 1, 4, 4)) / 16,)
 
 
+class TestBatchNormalisedLadder(PairContract):
+    # What is said of a pair that couples the data of a batch while it trains.
+    expected_findings = (("not trainable this way", ""),)
+
+    def make_pair(self) -> pv.Pair:
+        return LadderVAE((1, 4, 4), (4, 3, 2), pv.DiscretisedLogistic(17), hidden=(8, 8, 8), batch_norm=True).eval()
+
+    def make_batch(self) -> tuple[Tensor, ...]:
+        return (torch.randint(0, 17, (5, 1, 4, 4)) / 16,)
+
+
+def test_batch_norm_couples_data_while_training_alone() -> None:
+    torch.manual_seed(0)
+    pair = LadderVAE((4,), (3, 2), pv.Gaussian(pv.FixedScale(1.0)), hidden=(8, 8), batch_norm=True)
+    x, other = torch.randn(2, 6, 4)
+    changed = torch.cat([x[:3], other[3:]])
+
+    def means(batch: Tensor) -> Tensor:
+        # Of the first three data, which both batches hold.
+        with torch.no_grad():
+            return pair.evidence[1](pair.bottom_up[1](pair.bottom_up[0](batch))).mean[:3]
+
+    assert not torch.allclose(means(x), means(changed))
+    pair.eval()
+    torch.testing.assert_close(means(x), means(changed), **ROUNDING)
+
+
 def test_one_layer_is_a_vae() -> None:
     ladder = LadderVAE((1, 4, 4), (3,), hidden=(8,))
     encoder = nn.Sequential(ladder.bottom_up[0], ladder.evidence[0].network)
