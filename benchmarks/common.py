@@ -7,6 +7,7 @@ import os
 import platform
 import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,14 @@ def trained(pair: pv.Pair, data: pv.data.DataSet, name: str, **settings: Any) ->
     losses = [record["validation_loss"] for record in run.metrics]
     # Each epoch has its own time, those before an interruption too. With patience the best epoch's parameters are left.
     return sum(record["seconds"] for record in run.metrics), min(losses) if "patience" in settings else losses[-1]
+
+
+def lowered(
+    epochs: int, shares: tuple[float, ...], factor: float
+) -> Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]:
+    """Return what makes a schedule that multiplies the rate by a factor after each of these shares of the epochs."""
+    milestones = [round(share * epochs) for share in shares]
+    return lambda optimizer: torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, factor)
 
 
 def evaluated(pair: pv.Pair, data: pv.data.DataSet, name: str, some: int | None = None) -> dict[str, Any]:

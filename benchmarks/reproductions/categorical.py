@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from common import negative_elbo, trained
+from common import lowered, negative_elbo, trained
 from pyro.infer import TraceMeanField_ELBO
 from tables import provenance, spread
 
@@ -14,8 +14,10 @@ from pyro_vae.networks import MLP
 from pyro_vae.report import markdown_table
 
 TITLE = "VAE with categorical latents, static MNIST, 784–(20×10)–200"
-EPOCHS = 15
+EPOCHS = 40
 SEEDS, LR = 3, 2e-3
+# The rate falls to a third after each of these shares of the epochs.
+MILESTONES = (0.7, 0.9)
 # −ELBO in nats, Jang, Gu and Poole (2017), Table 1.
 PUBLISHED = {
     "20 × 10, relaxed": 101.5,
@@ -33,18 +35,30 @@ def run(scale: float, data_root: str | None) -> dict[str, Any]:
     variants = {}
     for name, published in PUBLISHED.items():
         groups, categories = (int(part) for part in name.split(",")[0].split(" × "))
-        bounds, likelihoods, seconds = [], [], 0.0
+        losses, bounds, likelihoods, seconds = [], [], [], 0.0
         for seed in range(SEEDS):
             torch.manual_seed(seed)
             pair = _pair(groups, categories, straight_through="straight" in name, annealing=epochs / 2)
             run = f"categorical/{name.replace(', ', '-').replace(' ', '')}-{epochs}-{seed}"
             settings: dict[str, Any] = {"epochs": epochs, "batch_size": 100, "lr": LR, "seed": seed}
-            seconds += trained(pair, data, run, loss=TraceMeanField_ELBO(), **settings)[0]
+            settings |= {"loss": TraceMeanField_ELBO(), "scheduler": lowered(epochs, MILESTONES, 1 / 3)}
+            seconds += trained(pair, data, run, **settings)[0]
+            losses.append(_training_loss(pair, data.test))
             bounds.append(negative_elbo(pair, data.test, num_particles=10))
             likelihoods.append(pv.log_likelihood(pair, few, num_particles=100, seed=seed).mean)
-        row = {"published": published, "negative_elbo": bounds, "log_likelihood": likelihoods}
+        row = {"published": published, "training_loss": losses, "negative_elbo": bounds, "log_likelihood": likelihoods}
         variants[name] = {**row, "seconds": seconds / SEEDS}
     return {"variants": variants, "epochs": epochs, "seeds": SEEDS, "test_data": len(data.test), "few": len(few)}
+
+
+@torch.no_grad()
+def _training_loss(pair: pv.Pair, x: torch.Tensor) -> float:
+    """Return the loss per datum that training minimises, on its own draws."""
+    torch.manual_seed(0)
+    loss, pair = TraceMeanField_ELBO(), pair.train()
+    total = sum(loss.loss(pair.model, pair.guide, rows) for rows in x.split(250))
+    pair.eval()
+    return total / len(x)
 
 
 def _pair(groups: int, categories: int, *, straight_through: bool, annealing: float) -> pv.Pair:
@@ -61,19 +75,21 @@ def _pair(groups: int, categories: int, *, straight_through: bool, annealing: fl
 def table(record: dict[str, Any]) -> str:
     """Return the results as markdown, with the published figures and what separates the two."""
     results = record["results"]
-    header = ["latents, draws while training", "test −ELBO, nats", "published", "difference", "log-likelihood, nats"]
-    header.append("training, s")
+    header = ["latents, draws while training", "test −ELBO, nats", "published", "difference"]
+    header += ["training loss, test data", "log-likelihood, nats", "training, s"]
     rows = []
     for name, row in results["variants"].items():
         bound, likelihood = row["negative_elbo"], row["log_likelihood"]
         difference = f"{sum(bound) / len(bound) - row['published']:+.1f}"
-        cells = [spread(bound, 1), f"{row['published']:.1f}", difference, spread(likelihood, 1)]
+        cells = [spread(bound, 1), f"{row['published']:.1f}", difference]
+        cells += [spread(row["training_loss"], 1), spread(likelihood, 1)]
         rows.append([name, *cells, f"{row['seconds']:.0f}"])
     return (
         f"{markdown_table(header, rows)}\n\n"
         f"Mean ± standard deviation over {results['seeds']} seeds, {results['epochs']} epochs each (how many the paper "
         f"took is not known to us). −ELBO is of the discrete model, ten draws per datum, on all "
-        f"{results['test_data']} test images; the log-likelihood, K = 100, on {results['few']} of them. The encoder is "
-        f"linear, the decoder has one hidden layer of 200. Published: Jang, Gu and Poole (2017), Table 1. "
+        f"{results['test_data']} test images; the log-likelihood, K = 100, on {results['few']} of them. The training "
+        f"loss is of the draws trained on, one per datum: of relaxed ones it bounds nothing, and may lie lower. The "
+        f"encoder is linear, the decoder has one hidden layer of 200. Published: Jang, Gu and Poole (2017), Table 1. "
         f"{provenance(record)}"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from common import evaluated, trained
+from common import evaluated, lowered, trained
 from tables import provenance, spread
 from torch import nn
 
@@ -42,13 +42,10 @@ def _one(data: pv.data.DataSet, seed: int, epochs: int) -> dict[str, Any]:
     )
     name = f"static_mnist_vae/{epochs}-{seed}"
     settings = {"epochs": epochs, "batch_size": 100, "lr": LR, "seed": seed, "patience": PATIENCE}
-    seconds, negative_elbo = trained(pair, data, name, scheduler=lambda adam: _lowered(adam, epochs), **settings)
+    seconds, negative_elbo = trained(
+        pair, data, name, scheduler=lowered(epochs, MILESTONES, 10 ** (-1 / 5)), **settings
+    )
     return {"seconds": seconds, "negative_elbo": negative_elbo, **evaluated(pair, data, name)}
-
-
-def _lowered(optimizer: torch.optim.Optimizer, epochs: int) -> torch.optim.lr_scheduler.LRScheduler:
-    milestones = [round(share * epochs) for share in MILESTONES]
-    return torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, 10 ** (-1 / 5))
 
 
 def table(record: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from common import evaluated, trained
+from common import evaluated, lowered, trained
 from tables import provenance, spread, with_error
 
 import pyro_vae as pv
@@ -40,13 +40,9 @@ def _one(prior: str, data: pv.data.DataSet, seed: int, epochs: int) -> dict[str,
     pair, name = _pair(prior, data), f"vamp_prior/{prior.split('(')[0].lower()}-{epochs}-{seed}"
     # With as much patience as there are epochs none is left out, and the best by validation is kept.
     settings: dict[str, Any] = {"epochs": epochs, "batch_size": 100, "lr": LR, "seed": seed, "patience": epochs}
-    settings |= {"warmup": min(WARMUP, epochs), "scheduler": lambda adam: _lowered(adam, epochs)}
+    settings |= {"warmup": min(WARMUP, epochs), "scheduler": lowered(epochs, MILESTONES, 1 / 3)}
     seconds, negative_elbo = trained(pair, data, name, **settings)
     return {"seconds": seconds, "negative_elbo": negative_elbo, **evaluated(pair, data, name, some=100)}
-
-
-def _lowered(optimizer: torch.optim.Optimizer, epochs: int) -> torch.optim.lr_scheduler.LRScheduler:
-    return torch.optim.lr_scheduler.MultiStepLR(optimizer, [round(share * epochs) for share in MILESTONES], 1 / 3)
 
 
 def table(record: dict[str, Any]) -> str:
