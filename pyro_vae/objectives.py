@@ -190,7 +190,7 @@ def free_bits(floor: float, beta: float | Annealed = 1.0) -> Objective:
     tensor([-3., -3.])
     """
     if not 0 <= floor < math.inf:
-        raise ValueError(f"floor is {floor}; free bits must be finite and at least 0")
+        raise ValueError(f"free bits are {floor}; their floor must be finite and at least 0")
     weight, name = _weight(beta)
 
     def objective(terms: LogTerms) -> Tensor:

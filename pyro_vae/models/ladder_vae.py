@@ -18,6 +18,7 @@ Reference: Sønderby, Raiko, Maaløe, Sønderby and Winther (2016), Ladder varia
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -150,6 +151,8 @@ class LadderVAEOptions:
         sizes = [self.latent, *(max(self.latent >> layer, 2) for layer in range(1, self.layers))]
         if self.layers < 1:
             raise ValueError(f"layers is {self.layers}; a ladder has at least 1")
+        if not 0 <= self.rise < math.inf:
+            raise ValueError(f"rise is {self.rise}; it counts epochs and must be finite and at least 0")
         if self.rise and not self.free_bits:
             raise ValueError(f"rise is {self.rise}, but there are no free bits: use --warmup, which weighs the ELBO")
         pair = LadderVAE(

@@ -198,7 +198,7 @@ def test_a_site_below_its_free_bits_has_no_gradient() -> None:
 
 @pytest.mark.parametrize("floor", [-0.1, math.nan, math.inf])
 def test_free_bits_must_be_finite_and_not_negative(floor: float) -> None:
-    with pytest.raises(ValueError, match=r"floor is .*at least 0"):
+    with pytest.raises(ValueError, match=r"free bits are .*at least 0"):
         free_bits(floor)
 
 
