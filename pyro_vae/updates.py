@@ -82,7 +82,8 @@ def _fused_adam(
     steps = [state["step"] for state in states]
     beta1, beta2 = group["betas"]
     with torch.no_grad():
-        torch._foreach_add_(steps, 1)
+        # A number would be made a tensor once for each parameter.
+        torch._foreach_add_(steps, torch.ones((), device=steps[0].device), alpha=1.0)
         torch._fused_adam_(
             [*parameters],
             [*gradients],
