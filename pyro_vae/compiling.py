@@ -37,13 +37,16 @@ def compile_graph(
         from torch._inductor import config, standalone_compile
         from torch._inductor.cpp_builder import get_cpp_compiler
 
-        if all(tensor.device.type == "cpu" for tensor in inputs):
+        on_cpu = all(tensor.device.type == "cpu" for tensor in inputs)
+        if on_cpu:
             get_cpp_compiler()
         tell(f"compiling a recorded step of {len(graph.graph.nodes)} operations")
         before = counters["inductor"]["fxgraph_cache_hit"]
         # Random numbers come from torch's own generator, as in the eager step; shapes and strides are part of what a
         # recording is chosen by, so that they need no check at each call.
         options = {"fallback_random": True, "size_asserts": False, "alignment_asserts": False}
+        # One C++ source for the whole graph: of many, one for each kernel, each would read torch's headers anew.
+        options["cpp_wrapper"] = on_cpu
         with torch.no_grad(), config.patch(options):
             run = standalone_compile(_reshaping(graph), [*inputs], dynamic_shapes="from_example_inputs")
         cached = counters["inductor"]["fxgraph_cache_hit"] > before
