@@ -48,7 +48,7 @@ def compile_graph(
         # One C++ source for the whole graph: of many, one for each kernel, each would read torch's headers anew.
         options["cpp_wrapper"] = on_cpu
         with torch.no_grad(), config.patch(options):
-            run = standalone_compile(_reshaping(graph), [*inputs], dynamic_shapes="from_example_inputs")
+            run = standalone_compile(_compilable(graph), [*inputs], dynamic_shapes="from_example_inputs")
         cached = counters["inductor"]["fxgraph_cache_hit"] > before
         tell(f"compiled in {time.perf_counter() - start:.1f} s{', from the cache on disk' if cached else ''}")
         return run
@@ -58,16 +58,23 @@ def compile_graph(
         return None
 
 
-def _reshaping(graph: GraphModule) -> GraphModule:
-    """Return a copy that reshapes where the recorded graph takes a view of what is only read.
+def _compilable(graph: GraphModule) -> GraphModule:
+    """Return a copy that the compiler takes, and for which it draws the same noise.
 
-    The compiler may lay a tensor out otherwise than it was recorded, and not every layout has the view; reshaping then
-    copies. What is written to through a view, or while there is one, must stay the same memory.
+    It may lay tensors out otherwise than they were recorded, and not every layout has a view: what is only read is
+    reshaped instead, which may copy. What is written to through a view, or while there is one, must stay the same
+    memory. Bits of given probabilities it would draw in a way of its own; filled in place they are left to torch.
     """
-    graph = copy.deepcopy(graph)
+    aten, graph = torch.ops.aten, copy.deepcopy(graph)
     for node in graph.graph.nodes:
-        if node.target is torch.ops.aten.view.default and _only_read(_origin(node)):
-            node.target = torch.ops.aten.reshape.default
+        if node.target is aten.view.default and _only_read(_origin(node)):
+            node.target = aten.reshape.default
+        elif node.target is aten.bernoulli.default and not node.kwargs:
+            value = node.meta["val"]
+            with graph.graph.inserting_before(node):
+                like = {"dtype": value.dtype, "device": value.device}
+                empty = graph.graph.call_function(aten.empty_strided.default, (value.shape, value.stride()), like)
+            node.target, node.args = aten.bernoulli_.Tensor, (empty, *node.args)
     graph.recompile()
     return graph
 

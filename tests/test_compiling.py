@@ -5,6 +5,7 @@ import operator
 import pytest
 import torch
 from torch.fx import Graph, GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_vae.compiling import compile_graph
 
@@ -24,6 +25,24 @@ def test_a_view_that_another_layout_does_not_have_is_a_copy(transposed: torch.Te
     run = compile_graph(GraphModule(torch.nn.Module(), graph), [transposed])
     assert run is not None
     assert run(transposed)[0].tolist() == [0.0, 4.0, 8.0, 2.0, 6.0, 10.0]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_bits_of_given_probabilities_are_those_of_the_recorded_graph(turned: bool) -> None:
+    def bits(p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        more = p.t() if turned else p.expand(7, 2, 3)
+        return torch.bernoulli(more), torch.randn(2)
+
+    p = torch.linspace(0.1, 0.9, 6, dtype=torch.float64).reshape(2, 3)
+    recorded = make_fx(bits)(p)
+    run = compile_graph(recorded, [p])
+    assert run is not None
+    for _ in range(3):
+        state = torch.get_rng_state()
+        expected = recorded(p)
+        torch.set_rng_state(state)
+        for ours, theirs in zip(run(p), expected, strict=True):
+            assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("through_a_part", [False, True])
