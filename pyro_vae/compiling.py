@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import logging
 import operator
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,9 +47,11 @@ def compile_graph(
         # Random numbers come from torch's own generator, as in the eager step; shapes and strides are part of what a
         # recording is chosen by, so that they need no check at each call.
         options = {"fallback_random": True, "size_asserts": False, "alignment_asserts": False}
-        # One C++ source for the whole graph: of many, one for each kernel, each would read torch's headers anew.
-        options["cpp_wrapper"] = on_cpu
-        with torch.no_grad(), config.patch(options):
+        # One C++ source for the whole graph: of many, one for each kernel, each would read torch's headers anew. It
+        # would lose the kind of error that a matrix without a decomposition raises.
+        raises = any(node.target is torch.ops.aten._linalg_check_errors.default for node in graph.graph.nodes)
+        options["cpp_wrapper"] = on_cpu and not raises
+        with torch.no_grad(), config.patch(options), _unsaid("c-shim"):
             run = standalone_compile(_compilable(graph), [*inputs], dynamic_shapes="from_example_inputs")
         cached = counters["inductor"]["fxgraph_cache_hit"] > before
         tell(f"compiled in {time.perf_counter() - start:.1f} s{', from the cache on disk' if cached else ''}")
@@ -56,6 +60,18 @@ def compile_graph(
         reason = str(error).split("\n")[0].strip() or type(error).__name__
         warnings.warn(f"the recorded step is replayed uncompiled: {reason}", stacklevel=6)
         return None
+
+
+@contextmanager
+def _unsaid(words: str) -> Iterator[None]:
+    """Keep what the compiler logs of these words, how it calls an operation, from the user's terminal."""
+    logger = logging.getLogger("torch._inductor.ir")
+    silence = lambda record: words not in record.getMessage()  # noqa: E731
+    logger.addFilter(silence)
+    try:
+        yield
+    finally:
+        logger.removeFilter(silence)
 
 
 def _compilable(graph: GraphModule) -> GraphModule:
@@ -87,12 +103,18 @@ def _origin(node: Node) -> Node:
 
 
 def _only_read(node: Node) -> bool:
-    """Tell whether no operation writes to a node or to a view of it."""
-    return all(
-        not (isinstance(user.target, OpOverload) and user.target._schema.is_mutable)
-        and (not _is_view(user) or _only_read(user))
-        for user in node.users
+    """Tell whether no operation writes to the memory of a node, by itself or by a view of it."""
+    # What an operation wrote to it returns, beside the views that there were before.
+    return not _may_write(node) and all(
+        not _may_write(user) and (not _is_view(user) or _only_read(user)) for user in node.users
     )
+
+
+def _may_write(node: Node) -> bool:
+    if node.op != "call_function" or node.target is operator.getitem:
+        return False
+    # Of operators that hold graphs of their own nothing is known.
+    return not isinstance(node.target, OpOverload) or node.target._schema.is_mutable
 
 
 def _is_view(node: Node) -> bool:

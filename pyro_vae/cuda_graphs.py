@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from pyro_vae.loading import gathered
 from pyro_vae.updates import around_the_step
 
 __all__ = ["DEVICES", "GraphedStep", "Layout", "layout", "waits_for_the_device"]
@@ -308,7 +309,7 @@ def _held(tensor: Tensor) -> Tensor:
 
 def _batch(given: tuple[Tensor, ...], data: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
     """Return the batch that was given, or the rows of the data whose numbers were."""
-    return given if data is None else tuple(tensor[given[0]] for tensor in data)
+    return given if data is None else tuple(gathered(tensor, given[0]) for tensor in data)
 
 
 def layout(batch: tuple[Tensor, ...]) -> Layout:

@@ -189,6 +189,9 @@ class _Balanced(InnerProductGraph):
         super().__init__(nodes, validate_args=False)
         self.self_links = self_links
 
+    def expand(self, batch_shape: Any, _instance: Any = None) -> _Balanced:
+        return _Balanced(self.nodes.expand(*batch_shape, *self.nodes.shape[-2:]), self.self_links)
+
     def log_prob(self, value: Tensor) -> Tensor:
         pairs = value.shape[-1] * (value.shape[-1] - 1) // 2
         edges = value.sum((-2, -1)) // 2

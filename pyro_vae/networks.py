@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, glu, interpolate, silu
+from torch.nn.functional import batch_norm as batch_norm_
 
 __all__ = ["MLP", "ConvDecoder", "ConvEncoder", "GatedMLP", "default_decoder", "default_encoder", "flatten_inputs"]
 
@@ -52,7 +53,8 @@ class MLP(nn.Module):
         hidden: widths of the hidden layers; none makes the network affine.
         activation: the function between layers, SiLU by default.
         batch_norm: whether hidden layers are batch normalised, over all leading dimensions. A datum's output then
-            depends on its batch while training; in evaluation mode, by running averages, it is its own.
+            depends on its batch while training; in evaluation mode, by running averages, it is its own. So it is where
+            a batch has one row, a short last one perhaps, which has no spread.
 
     Reference:
         Ioffe and Szegedy (2015), Batch normalization, ICML.
@@ -71,19 +73,29 @@ class MLP(nn.Module):
         batch_norm: bool = False,
     ) -> None:
         super().__init__()
-        self.activation, self.batch_norm = activation, batch_norm
+        self.activation = activation
         self.shapes = [tuple(shape) for shape in shapes]
         sizes = [sum(math.prod(shape) for shape in shapes), *hidden, outputs]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
-        self.norms = nn.ModuleList(nn.BatchNorm1d(width) if batch_norm else nn.Identity() for width in hidden)
+        # A norm takes away what a bias before it adds, and leaves its gradient to rounding.
+        layers = [nn.Linear(a, b, bias=not batch_norm) for a, b in pairwise(sizes[:-1])]
+        self.layers = nn.ModuleList([*layers, nn.Linear(sizes[-2], outputs)])
+        self.norms = nn.ModuleList(nn.BatchNorm1d(width) for width in hidden if batch_norm)
 
     def forward(self, *inputs: Tensor) -> Tensor:
         h = flatten_inputs(inputs, self.shapes)
-        for layer, norm in zip(self.layers, self.norms, strict=False):
+        for i, layer in enumerate(self.layers[:-1]):
             h = layer(h)
-            # One dimension for all rows, which is what batch normalisation takes.
-            h = self.activation(norm(h.reshape(-1, h.shape[-1])).reshape(h.shape) if self.batch_norm else h)
+            h = self.activation(_normalised(self.norms[i], h) if self.norms else h)
         return self.layers[-1](h)
+
+
+def _normalised(norm: nn.Module, h: Tensor) -> Tensor:
+    """Normalise over all rows, which batch normalisation takes in one dimension; one row by the running averages."""
+    assert isinstance(norm, nn.BatchNorm1d)
+    rows = h.reshape(-1, h.shape[-1])
+    if len(rows) > 1:
+        return norm(rows).reshape(h.shape)
+    return batch_norm_(rows, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps).reshape(h.shape)
 
 
 class GatedMLP(nn.Module):

@@ -3,7 +3,8 @@
     torchrun --nproc-per-node=4 -m pyro_vae train vae --data mnist
 
 Every process is given all of the data and runs the same program. N processes with batch size B take the steps of one
-process with batch size N · B, on noise of their own. Only the first process writes files and draws progress bars.
+process with batch size N · B, on noise of their own; batch normalisation sees each share by itself. Only the first
+process writes files and draws progress bars.
 """
 
 from __future__ import annotations

@@ -167,6 +167,7 @@ def interrupt(*_: object, **__: object) -> None:
             "1000 components cannot start at 230 training data",
         ),
         (("gaussian-mixture-vae", "--start-clusters-after", "1", "--warmup", "2"), "make the warm-up as short"),
+        (("ladder-vae", "--batch-norm", "--layers", "1"), "of which 1 layer has none"),
         (("ladder-vae", "--rise", "2"), "rise is 2.0, but there are no free bits"),
         (("ladder-vae", "--free-bits", "-1"), "free bits are -1"),
         (("ladder-vae", "--free-bits", "1", "--rise", "-3"), "rise is -3"),
@@ -182,6 +183,17 @@ def test_options_of_models_that_cannot_be(
 ) -> None:
     assert message in error(capsys, "train", *arguments)
     assert not Path("runs").exists()
+
+
+@pytest.mark.usefixtures("few_digits")
+def test_a_run_with_batch_norm_is_loaded_with_it() -> None:
+    arguments = ("train", "ladder-vae", "--layers", "2", "--latent", "4", "--batch-norm", "--epochs", "1")
+    assert main([*arguments, "--run-dir", "run"]) == 0
+    pair, _ = load_run(Path("run"))
+    norms = [module for module in pair.modules() if isinstance(module, torch.nn.BatchNorm1d)]
+    assert norms
+    # They were trained, and their averages kept.
+    assert all(norm.num_batches_tracked > 0 for norm in norms)
 
 
 @pytest.mark.usefixtures("few_digits")

@@ -66,6 +66,16 @@ def test_batch_normalised_layers_are_standardised_over_all_rows() -> None:
     torch.testing.assert_close(out.reshape(-1, 2), net(x.reshape(-1, 4)), **ROUNDING)
 
 
+def test_one_row_is_normalised_by_the_running_averages() -> None:
+    net, rows = MLP([(4,)], 2, (6,), batch_norm=True), torch.randn(9, 4)
+    net(rows)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    one = net(rows[:1])
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name])
+    torch.testing.assert_close(one, net.eval()(rows)[:1], **ROUNDING)
+
+
 def test_no_hidden_layer_makes_an_affine_map() -> None:
     net = MLP([(3,)], 2, hidden=())
     a, b = torch.randn(2, 5, 3)

@@ -52,8 +52,9 @@ class LadderVAE(Pair):
         bottom_up: networks of the user's own f_1, …, f_L, with d_l of width ``hidden[l]``.
         top_down: networks of the user's own for p(z_l | z_{l+1}), l = 1, …, L − 1, with 2 ``sizes[l]`` outputs.
         decoder: network of the user's own for p(x | z_1).
-        batch_norm: whether the default networks between layers are batch normalised, as published (see
-            :class:`~pyro_vae.networks.MLP`): under a warm-up it keeps upper layers from falling idle.
+        batch_norm: whether hidden layers of the default networks between layers are batch normalised (see
+            :class:`~pyro_vae.networks.MLP`; the reference normalises all networks), so that under a warm-up upper
+            layers do not fall idle.
 
     Raises:
         ValueError: for no layers, a size or width below 1, and networks that are not one for each layer.
@@ -140,7 +141,7 @@ class LadderVAEOptions:
     likelihood: LikelihoodName = "discretised-logistic"
     """Distribution of x given z."""
     batch_norm: bool = False
-    """Normalise the networks between layers by batches, which keeps upper layers in use."""
+    """Normalise the networks between layers by batches, which under --warmup keeps upper layers in use."""
     free_bits: float = 0.0
     """Nats that each layer's divergence has for free in training; 0 trains on the ELBO."""
     rise: float = 0.0
@@ -151,6 +152,8 @@ class LadderVAEOptions:
         sizes = [self.latent, *(max(self.latent >> layer, 2) for layer in range(1, self.layers))]
         if self.layers < 1:
             raise ValueError(f"layers is {self.layers}; a ladder has at least 1")
+        if self.batch_norm and self.layers == 1:
+            raise ValueError("batch_norm normalises the networks between layers, of which 1 layer has none")
         if not 0 <= self.rise < math.inf:
             raise ValueError(f"rise is {self.rise}; it counts epochs and must be finite and at least 0")
         if self.rise and not self.free_bits:

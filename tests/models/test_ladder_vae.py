@@ -64,6 +64,13 @@ def test_batch_norm_couples_data_while_training_alone() -> None:
     torch.testing.assert_close(means(x), means(changed), **ROUNDING)
 
 
+def test_a_short_last_batch_of_one_datum_is_trained_on() -> None:
+    pair = LadderVAE((1, 4, 4), (4, 3), hidden=(8, 8), batch_norm=True)
+    x = torch.randint(0, 2, (9, 1, 4, 4)).double()
+    run = pv.fit(pair, x, epochs=2, batch_size=4, capture=True, progress=False)
+    assert all(math.isfinite(record["loss"]) for record in run.metrics)
+
+
 def test_one_layer_is_a_vae() -> None:
     ladder = LadderVAE((1, 4, 4), (3,), hidden=(8,))
     encoder = nn.Sequential(ladder.bottom_up[0], ladder.evidence[0].network)
