@@ -13,7 +13,7 @@ from pyro_vae.networks import MLP
 from pyro_vae.report import markdown_table
 
 TITLE = "Denoising VAE against VAE of equal size, static MNIST"
-EPOCHS = 8
+EPOCHS = 24
 SEEDS = 3
 LATENT = 40
 # Probability of a flip and number of corruptions, by name; None is the plain VAE.
