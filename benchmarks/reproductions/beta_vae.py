@@ -12,7 +12,7 @@ import pyro_vae as pv
 from pyro_vae.report import markdown_table
 
 TITLE = "β-VAE and β-TCVAE, sprites: MIG and the β-VAE metric"
-EPOCHS = 9
+EPOCHS = 45
 SEEDS = 3
 LATENT = 10
 # Weight, and whether it is of the total correlation alone.
