@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 import torch
@@ -76,20 +77,25 @@ def table(record: dict[str, Any]) -> str:
     """Return the results as markdown, with the published figures and what separates the two."""
     results = record["results"]
     header = ["latents, draws while training", "test −ELBO, nats", "published", "difference"]
-    header += ["training loss, test data", "log-likelihood, nats", "training, s"]
+    header += ["training loss, test data", "difference", "log-likelihood, nats", "training, s"]
     rows = []
+    nearest = {"loss": 0.0, "bound": 0.0}
     for name, row in results["variants"].items():
-        bound, likelihood = row["negative_elbo"], row["log_likelihood"]
-        difference = f"{sum(bound) / len(bound) - row['published']:+.1f}"
-        cells = [spread(bound, 1), f"{row['published']:.1f}", difference]
-        cells += [spread(row["training_loss"], 1), spread(likelihood, 1)]
+        bound, loss, likelihood = row["negative_elbo"], row["training_loss"], row["log_likelihood"]
+        distances = [statistics.mean(values) - row["published"] for values in (bound, loss)]
+        if "relaxed" in name:
+            nearest = {"bound": max(nearest["bound"], distances[0]), "loss": max(nearest["loss"], abs(distances[1]))}
+        cells = [spread(bound, 1), f"{row['published']:.1f}", f"{distances[0]:+.1f}"]
+        cells += [spread(loss, 1), f"{distances[1]:+.1f}", spread(likelihood, 1)]
         rows.append([name, *cells, f"{row['seconds']:.0f}"])
     return (
         f"{markdown_table(header, rows)}\n\n"
         f"Mean ± standard deviation over {results['seeds']} seeds, {results['epochs']} epochs each (how many the paper "
         f"took is not known to us). −ELBO is of the discrete model, ten draws per datum, on all "
         f"{results['test_data']} test images; the log-likelihood, K = 100, on {results['few']} of them. The training "
-        f"loss is of the draws trained on, one per datum: of relaxed ones it bounds nothing, and may lie lower. The "
-        f"encoder is linear, the decoder has one hidden layer of 200. Published: Jang, Gu and Poole (2017), Table 1. "
+        f"loss is of the draws trained on, one per datum: of relaxed ones it bounds nothing. It is what lies within "
+        f"{nearest['loss']:.1f} nats of the published figures for relaxed draws, from which the discrete model's bound "
+        f"is up to {nearest['bound']:.1f} away. The encoder is linear, the decoder has one hidden layer of 200. "
+        f"Published: Jang, Gu and Poole (2017), Table 1. "
         f"{provenance(record)}"
     )
