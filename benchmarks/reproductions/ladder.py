@@ -17,7 +17,7 @@ from pyro_vae.objectives import free_bits
 from pyro_vae.report import markdown_table
 
 TITLE = "Ladder VAE, static MNIST"
-EPOCHS = 16
+EPOCHS = 36
 SEEDS = (0, 1)
 LADDERS = {3: ((32, 16, 8), (256, 128, 64)), 5: ((64, 32, 16, 8, 4), (256, 128, 64, 32, 32))}
 WAYS = ("warm-up", "warm-up and batch norm", "free bits")
@@ -67,7 +67,10 @@ def table(record: dict[str, Any]) -> str:
             rows.append([name, str(seed), shown, value, f"{row['seconds'][i]:.0f}"])
     values = {name: statistics.mean(row["negative_log_likelihood"]) for name, row in results["ladders"].items()}
     best = min((name for name in values if name.startswith("5")), key=values.__getitem__)
-    carried = "; ".join(f"{way}: {count or 'no'} layers at {LEAST} nats or less" for way, count in idle.items())
+    carried = "; ".join(
+        f"{way}: {count or 'no'} layer{'' if count == 1 else 's'} at {LEAST} nats or less"
+        for way, count in idle.items()
+    )
     header = ["ladder", "seed", "KL of z1, z2, … (nats)", "−log p(x)", "training, s"]
     return (
         f"{markdown_table(header, rows)}\n\n"
