@@ -17,7 +17,7 @@ from pyro_vae.objectives import free_bits
 from pyro_vae.report import markdown_table
 
 TITLE = "Ladder VAE, static MNIST"
-EPOCHS = 36
+EPOCHS = 28
 SEEDS = (0, 1)
 LADDERS = {3: ((32, 16, 8), (256, 128, 64)), 5: ((64, 32, 16, 8, 4), (256, 128, 64, 32, 32))}
 WAYS = ("warm-up", "warm-up and batch norm", "free bits")
