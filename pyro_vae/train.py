@@ -144,13 +144,12 @@ def fit(
     _check(pair, loss, train, held_out, epochs, processes.size, kept)
     update = _optimizer(optimizer, list(pair.to(target).parameters()), lr)
     schedule = None if scheduler is None else _schedule(scheduler, update, held_out is not None)
-    dtype = str(next(pair.parameters()).dtype).removeprefix("torch.")
     named: dict[str, Any] = {
         "loss": _described(loss),
         "optimizer": _described(update),
         "scheduler": _described_schedule(schedule),
     }
-    named |= {"data": fingerprint(train), "validation": fingerprint(held_out), "precision": precision or dtype}
+    named |= {"data": fingerprint(train), "validation": fingerprint(held_out), "precision": precision or _dtype(pair)}
     settings = Settings(**kept, **named, processes=processes.size)
     processes.check_same((settings.data, settings.validation))
     in_bfloat16 = networks(pair, train) if precision == "bf16-mixed" else []
@@ -158,9 +157,8 @@ def fit(
     trainer.weighs_divergence = loss is elbo or isinstance(loss, WEIGHED)
     shows = progress and processes.is_first
     steps = _steps(pair, loss, update, settings, capture, console.print if shows else None)
-    folder = None if run_dir is None else Path(run_dir)
-    _train(trainer, steps, epochs, shows, folder, resume, config or {})
-    return Run(pair, trainer.metrics, folder)
+    _train(trainer, steps, epochs, shows, run_dir, resume, config or {})
+    return Run(pair, trainer.metrics, trainer.folder)
 
 
 def _place(device: str | torch.device, precision: Precision | None, tf32: bool) -> tuple[Processes, torch.device]:
@@ -169,6 +167,10 @@ def _place(device: str | torch.device, precision: Precision | None, tf32: bool) 
     check_precision(precision, tf32, target)
     processes = join(target)
     return processes, processes.device(target)
+
+
+def _dtype(pair: Pair) -> str:
+    return str(next(pair.parameters()).dtype).removeprefix("torch.")
 
 
 def _data(
@@ -205,14 +207,14 @@ def _train(
     steps: tuple[Step, Step],
     epochs: int,
     progress: bool,
-    folder: Path | None,
+    run_dir: str | Path | None,
     resume: bool,
     config: dict[str, Any],
 ) -> None:
     """Begin the run or take it up, and leave the pair trained."""
     with own_random_state(trainer.processes.seed(trainer.settings.seed), trainer.device):
-        if folder is not None:
-            trainer.open_folder(folder, resume, {"epochs": epochs, **config})
+        if run_dir is not None:
+            trainer.open_folder(Path(run_dir), resume, {"epochs": epochs, **config})
         elif resume:
             raise ValueError("resume needs run_dir, the folder of the run to continue")
         _epochs(trainer, steps, epochs, progress)
