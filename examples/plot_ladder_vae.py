@@ -1,4 +1,4 @@
-"""Train ladders of three layers on digits, with a warm-up of β, free bits, both or neither, and see which are used.
+"""Train ladders of three layers on digits, with a warm-up of β, batch norm and free bits, and see which are used.
 
 The figure: each layer's KL over the epochs, and samples whose upper layers are held fixed. The text: each layer's KL on
 test data, and log p(x).
@@ -36,18 +36,20 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Train four times, draw, evaluate."""
+    """Train once in each way, draw, evaluate."""
     data, rise, free_bits = pv.data.load("digits"), options.epochs // 2, pv.objectives.free_bits
     ways: dict[str, Callable[[Any], dict[str, Any]]] = {
         "plain ELBO": lambda pair: {},
         "warm-up": lambda pair: {"warmup": rise},
+        "warm-up, batch norm": lambda pair: {"warmup": rise},
         "free bits": lambda pair: {"loss": free_bits(options.free_bits)},
         "free bits and warm-up": lambda pair: {"loss": free_bits(options.free_bits, pair.beta)},
     }
-    figure = Figure(figsize=(12, 3.2), layout="constrained")
-    for ax, (name, way) in zip(figure.subplots(1, 4, sharey=True), ways.items(), strict=True):
+    figure = Figure(figsize=(15, 3.2), layout="constrained")
+    for ax, (name, way) in zip(figure.subplots(1, len(ways), sharey=True), ways.items(), strict=True):
         torch.manual_seed(0)
-        pair = pv.models.LadderVAE(data.x_shape, SIZES, pv.DiscretisedLogistic(data.levels), hidden=(128, 64, 32))
+        networks = {"hidden": (128, 64, 32), "batch_norm": "batch norm" in name}
+        pair = pv.models.LadderVAE(data.x_shape, SIZES, pv.DiscretisedLogistic(data.levels), **networks)
         # It rises in every run, and weighs the divergences of the last.
         pair.beta = pv.Annealed(0.0, 1.0, rise)
         run = pv.fit(pair, data.train, epochs=options.epochs, validation=data.test, lr=2e-3, **way(pair))
