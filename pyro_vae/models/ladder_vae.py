@@ -53,8 +53,8 @@ class LadderVAE(Pair):
         top_down: networks of the user's own for p(z_l | z_{l+1}), l = 1, …, L − 1, with 2 ``sizes[l]`` outputs.
         decoder: network of the user's own for p(x | z_1).
         batch_norm: whether hidden layers of the default networks between layers are batch normalised (see
-            :class:`~pyro_vae.networks.MLP`; the reference normalises all networks), so that under a warm-up upper
-            layers do not fall idle.
+            :class:`~pyro_vae.networks.MLP`; the reference normalises all networks). Under a warm-up fewer upper layers
+            then fall idle; ``collapse_report`` says which do.
 
     Raises:
         ValueError: for no layers, a size or width below 1, and networks that are not one for each layer.
@@ -141,7 +141,7 @@ class LadderVAEOptions:
     likelihood: LikelihoodName = "discretised-logistic"
     """Distribution of x given z."""
     batch_norm: bool = False
-    """Normalise the networks between layers by batches, which under --warmup keeps upper layers in use."""
+    """Normalise the networks between layers by batches, after which fewer upper layers fall idle under --warmup."""
     free_bits: float = 0.0
     """Nats that each layer's divergence has for free in training; 0 trains on the ELBO."""
     rise: float = 0.0
