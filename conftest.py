@@ -13,6 +13,6 @@ import pytest
 def _seeded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     pyro.set_rng_seed(0)
     # What asks for fresh entropy gets other numbers each time, but the same ones in every run of the suite.
-    monkeypatch.setattr("pyro_vae.randomness.secrets.randbits", random.Random(0).getrandbits)
+    monkeypatch.setattr("pyro_vae.runtime.random_state.secrets.randbits", random.Random(0).getrandbits)
     yield
     assert len(pyro.get_param_store()) == 0, "parameters were left in Pyro's global store"

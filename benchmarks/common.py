@@ -16,8 +16,8 @@ import torch
 from matplotlib.figure import Figure
 
 import pyro_vae as pv
-from pyro_vae.checkpoint import read_json, write_text
-from pyro_vae.figures import save_figure
+from pyro_vae.report.figures import save_figure
+from pyro_vae.runtime.files import read_json, write_text
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = Path(__file__).resolve().parents[1] / "runs" / "reproduce"

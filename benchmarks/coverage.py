@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import Tensor
 
 import pyro_vae as pv
-from pyro_vae.figures import save_figure
+from pyro_vae.report.figures import save_figure
 
 # The standard normal's 97.5 % point.
 QUANTILE = 1.959964

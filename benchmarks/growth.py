@@ -32,7 +32,7 @@ from matplotlib.ticker import LogLocator, ScalarFormatter
 from pyro.infer import Trace_ELBO
 from side_by_side import Turn, by_turns, timings
 
-from pyro_vae.capture import captured_step
+from pyro_vae.training.captured_step import captured_step
 
 AXES: dict[str, tuple[int, ...]] = {
     "batch": (32, 128, 512, 2048, 4096),

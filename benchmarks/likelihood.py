@@ -33,9 +33,9 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, linear
 
 import pyro_vae as pv
-from pyro_vae.figures import save_figure
-from pyro_vae.networks import MLP
-from pyro_vae.report import markdown_table
+from pyro_vae.networks.mlp import MLP
+from pyro_vae.report.figures import save_figure
+from pyro_vae.report.markdown import markdown_table
 
 PIXELS, HIDDEN, LATENT = 784, 512, 40
 PEER = "pythae==0.1.2"

@@ -25,12 +25,13 @@ from rich.table import Table
 from torch import Tensor
 
 import pyro_vae as pv
-from pyro_vae.capture import captured_step
-from pyro_vae.inputs import resolve_device
-from pyro_vae.networks import MLP
-from pyro_vae.pair import evaluation, log_terms
-from pyro_vae.precision import Precision, float32_products, mixed, networks, to_precision
-from pyro_vae.randomness import own_random_state
+from pyro_vae.networks.mlp import MLP
+from pyro_vae.pair.modes import evaluation
+from pyro_vae.pair.terms import log_terms
+from pyro_vae.runtime.device import resolve_device
+from pyro_vae.runtime.random_state import own_random_state
+from pyro_vae.training.captured_step import captured_step
+from pyro_vae.training.precision import Precision, float32_products, mixed, networks, to_precision
 
 PIXELS, HIDDEN, LATENT = 784, 400, 20
 CHUNK = 1000

@@ -15,8 +15,8 @@ import reproductions
 from side_by_side import table
 from tables import provenance
 
-from pyro_vae.checkpoint import read_json, write_text
-from pyro_vae.report import markdown_table
+from pyro_vae.report.markdown import markdown_table
+from pyro_vae.runtime.files import read_json, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

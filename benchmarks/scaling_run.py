@@ -16,7 +16,7 @@ from side_by_side import timed
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae.processes import join
+from pyro_vae.runtime.distributed import join
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from matplotlib.figure import Figure
 
-from pyro_vae.report import markdown_table
+from pyro_vae.report.markdown import markdown_table
 
 # Of a row's turn: the seconds of each unit of work that counts.
 Turn = Callable[[], list[float]]

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 import pyro_vae as pv
-from pyro_vae.capture import captured_step
-from pyro_vae.networks import MLP
-from pyro_vae.precision import mixed, networks
-from pyro_vae.svi import eager_step
+from pyro_vae.networks.mlp import MLP
+from pyro_vae.training.captured_step import captured_step
+from pyro_vae.training.precision import mixed, networks
+from pyro_vae.training.step import eager_step
 
 PIXELS = 784
 BATCH = 128

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 import pyro_vae as pv
-from pyro_vae.networks import ConvDecoder, ConvEncoder
+from pyro_vae.networks.convolutional import ConvDecoder, ConvEncoder
 
 LEVELS = 256
 LATENT = 32

@@ -15,7 +15,7 @@ import tyro
 from matplotlib.figure import Figure
 
 import pyro_vae as pv
-from pyro_vae.figures import save_figure
+from pyro_vae.report.figures import save_figure
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ import tyro
 from matplotlib.figure import Figure
 
 import pyro_vae as pv
-from pyro_vae.figures import save_figure
-from pyro_vae.networks import MLP
+from pyro_vae.networks.mlp import MLP
+from pyro_vae.report.figures import save_figure
 
 
 @dataclass(frozen=True)

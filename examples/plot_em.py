@@ -18,7 +18,7 @@ from sklearn.decomposition import PCA
 
 import pyro_vae as pv
 from pyro_vae.models.linear_gaussian import LatentMoments, LinearGaussianVAE
-from pyro_vae.networks import MLP
+from pyro_vae.networks.mlp import MLP
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ import tyro
 from matplotlib.figure import Figure
 
 import pyro_vae as pv
-from pyro_vae.figures import save_figure
-from pyro_vae.models.flow_vae import FlowVAEOptions
+from pyro_vae.cli.recipes.flow_vae import FlowVAEOptions
+from pyro_vae.report.figures import save_figure
 
 KINDS = ("none", "planar", "sylvester", "autoregressive", "coupling")
 

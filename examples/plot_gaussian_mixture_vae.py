@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from sklearn.metrics import normalized_mutual_info_score
 
 import pyro_vae as pv
-from pyro_vae.clustering import clustering_accuracy, contingency
+from pyro_vae.diagnostics.clustering import clustering_accuracy, contingency
 
 
 @dataclass(frozen=True)

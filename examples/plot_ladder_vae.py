@@ -16,7 +16,7 @@ import tyro
 from matplotlib.figure import Figure
 
 import pyro_vae as pv
-from pyro_vae.figures import image_grid, save_figure
+from pyro_vae.report.figures import image_grid, save_figure
 
 SIZES = (16, 8, 4)
 

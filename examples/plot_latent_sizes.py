@@ -16,8 +16,8 @@ from sklearn.ensemble import RandomForestClassifier
 from torch import Tensor
 
 import pyro_vae as pv
-from pyro_vae.figures import image_grid
-from pyro_vae.networks import MLP
+from pyro_vae.networks.mlp import MLP
+from pyro_vae.report.figures import image_grid
 
 
 @dataclass(frozen=True)

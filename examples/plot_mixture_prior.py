@@ -15,7 +15,7 @@ import tyro
 from matplotlib.figure import Figure
 
 import pyro_vae as pv
-from pyro_vae.distributions import GaussianMixture
+from pyro_vae.distributions.mixtures import GaussianMixture
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import torch
 import tyro
 
 import pyro_vae as pv
-from pyro_vae.figures import FIGURES
-from pyro_vae.report import loss_terms
+from pyro_vae.diagnostics.loss_terms import loss_terms
+from pyro_vae.report.figures import FIGURES
 
 
 @dataclass(frozen=True)

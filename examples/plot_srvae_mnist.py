@@ -9,7 +9,7 @@ import torch
 import tyro
 
 import pyro_vae as pv
-from pyro_vae.figures import FIGURES
+from pyro_vae.report.figures import FIGURES
 
 
 @dataclass(frozen=True)

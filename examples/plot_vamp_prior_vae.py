@@ -13,9 +13,9 @@ import torch
 import tyro
 
 import pyro_vae as pv
-from pyro_vae.figures import image_grid, save_figure
 from pyro_vae.models.vamp_prior_vae import starting_pseudo_inputs
-from pyro_vae.networks import GatedMLP
+from pyro_vae.networks.mlp import GatedMLP
+from pyro_vae.report.figures import image_grid, save_figure
 
 LATENT = 10
 

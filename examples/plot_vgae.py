@@ -14,8 +14,9 @@ import tyro
 from matplotlib.figure import Figure
 
 import pyro_vae as pv
-from pyro_vae.figures import scatter_classes
-from pyro_vae.graphs import BalancedGraphLoss, link_scores
+from pyro_vae.diagnostics.link_prediction import link_scores
+from pyro_vae.objectives.graph import BalancedGraphLoss
+from pyro_vae.report.figures import scatter_classes
 
 
 @dataclass(frozen=True)

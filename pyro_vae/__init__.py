@@ -2,44 +2,41 @@
 
 from pyro_vae import data, models, objectives, testing
 from pyro_vae._version import __version__
-from pyro_vae.ais import (
+from pyro_vae.conditionals.categorical import GumbelSoftmax, OneHotPrior
+from pyro_vae.conditionals.conditional import Conditional, Head
+from pyro_vae.conditionals.corruptions import BitFlip, GaussianNoise
+from pyro_vae.conditionals.flows import FlowPosterior, FlowPrior
+from pyro_vae.conditionals.likelihoods import Bernoulli, ContinuousBernoulli, DiscretisedLogistic, Gaussian
+from pyro_vae.conditionals.posteriors import DiagonalGaussian, FreeGaussian, FullGaussian
+from pyro_vae.conditionals.priors import MixtureOfGaussians, StandardNormal
+from pyro_vae.conditionals.scales import BatchOptimalScale, FixedScale, LearnedScale
+from pyro_vae.diagnostics.arviz_export import to_arviz, to_elpd
+from pyro_vae.diagnostics.collapse import CollapseReport, SiteReport, collapse_report
+from pyro_vae.diagnostics.disentanglement import beta_vae_metric, latent_means, mutual_information_gap
+from pyro_vae.diagnostics.inference_gap import InferenceGap, inference_gap
+from pyro_vae.diagnostics.mutual_information import MutualInformation
+from pyro_vae.distributions.flow import Reversal, Sylvester
+from pyro_vae.distributions.kl import convex_kl_bound, monte_carlo_kl, variational_kl_bound
+from pyro_vae.likelihood.ais.annealing import (
     AnnealedLogLikelihood,
     BidirectionalLogLikelihood,
     annealed_log_likelihood,
     bidirectional_log_likelihood,
 )
-from pyro_vae.analytic import AnalyticLoss, analytic_loss
-from pyro_vae.annealing import Annealed, advance
-from pyro_vae.categorical import GumbelSoftmax, OneHotPrior
-from pyro_vae.conditionals import (
-    Bernoulli,
-    Conditional,
-    ContinuousBernoulli,
-    DiagonalGaussian,
-    DiscretisedLogistic,
-    FreeGaussian,
-    FullGaussian,
-    Gaussian,
-    Head,
-    MixtureOfGaussians,
-    StandardNormal,
-)
-from pyro_vae.corruptions import BitFlip, GaussianNoise
-from pyro_vae.diagnostics import CollapseReport, SiteReport, collapse_report
-from pyro_vae.disentanglement import beta_vae_metric, latent_means, mutual_information_gap
-from pyro_vae.divergences import convex_kl_bound, monte_carlo_kl, variational_kl_bound
-from pyro_vae.dreg import DReG
-from pyro_vae.em import ExpectationMaximisation, em
-from pyro_vae.evaluate import LogLikelihood, log_likelihood, naive_log_likelihood
-from pyro_vae.export import to_arviz, to_elpd
-from pyro_vae.flows import FlowPosterior, FlowPrior, Reversal, Sylvester
-from pyro_vae.gap import InferenceGap, inference_gap
-from pyro_vae.information import MutualInformation
-from pyro_vae.pair import LogTerms, Pair, SiteTerms, log_terms, site_terms
-from pyro_vae.predict import generate, impute, posterior, reconstruct, super_resolve
-from pyro_vae.scales import BatchOptimalScale, FixedScale, LearnedScale
-from pyro_vae.total_correlation import DivergenceSplit, TotalCorrelationELBO, divergence_split
-from pyro_vae.train import Run, fit
+from pyro_vae.likelihood.estimate import LogLikelihood
+from pyro_vae.likelihood.importance import log_likelihood, naive_log_likelihood
+from pyro_vae.objectives.closed_form import AnalyticLoss, analytic_loss
+from pyro_vae.objectives.dreg import DReG
+from pyro_vae.objectives.total_correlation import DivergenceSplit, TotalCorrelationELBO, divergence_split
+from pyro_vae.pair.annealed import Annealed, advance
+from pyro_vae.pair.pair import Pair
+from pyro_vae.pair.terms import LogTerms, SiteTerms, log_terms, site_terms
+from pyro_vae.predict.generate import generate
+from pyro_vae.predict.imputation import impute
+from pyro_vae.predict.posterior import posterior, reconstruct
+from pyro_vae.predict.super_resolution import super_resolve
+from pyro_vae.training.em import ExpectationMaximisation, em
+from pyro_vae.training.fit import Run, fit
 
 __all__ = [
     "AnalyticLoss",

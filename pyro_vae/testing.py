@@ -11,23 +11,20 @@ from pyro.distributions import MixtureSameFamily
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_vae.checks import check_batch
-from pyro_vae.pair import (
-    Pair,
+from pyro_vae.pair.checks import check_batch
+from pyro_vae.pair.modes import device_of, evaluation, rehearsal, to_pair
+from pyro_vae.pair.pair import Pair
+from pyro_vae.pair.terms import log_terms
+from pyro_vae.pair.trace import (
     bare,
     check_measures,
-    device_of,
-    evaluation,
-    log_terms,
     particle_dim,
     point_masses,
-    rehearsal,
     sample_sites,
     site_log_prob,
-    to_pair,
     trace_pair,
 )
-from pyro_vae.randomness import own_random_state
+from pyro_vae.runtime.random_state import own_random_state
 
 __all__ = ["Finding", "PairContract", "check_pair"]
 

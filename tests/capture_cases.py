@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae.capture import captured_step
+from pyro_vae.cli.recipes import OPTIONS
 from pyro_vae.models import (
-    OPTIONS,
     VAE,
     VGAE,
     GaussianMixture,
@@ -23,7 +22,8 @@ from pyro_vae.models import (
     LinearGaussianVAE,
     LinearTwoStageVAE,
 )
-from pyro_vae.svi import eager_step
+from pyro_vae.training.captured_step import captured_step
+from pyro_vae.training.step import eager_step
 
 IMAGE = (1, 4, 4)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pyro_vae.cli import main
+from pyro_vae.cli.main import main
 
 SMALL = ("--epochs", "1", "--latent", "2")
 

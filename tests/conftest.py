@@ -48,6 +48,6 @@ def few_digits(monkeypatch: pytest.MonkeyPatch) -> pv.data.DataSet:
 def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """Treat the CPU as a device whose numbers are not read back at every step, and which makes graphs."""
     devices: dict[str, Any] = {}
-    monkeypatch.setattr("pyro_vae.svi.READ_LATER", {"cpu"})
-    monkeypatch.setattr("pyro_vae.cuda_graphs.DEVICES", devices)
+    monkeypatch.setattr("pyro_vae.training.step.READ_LATER", {"cpu"})
+    monkeypatch.setattr("pyro_vae.capture.cuda_graph.DEVICES", devices)
     return devices

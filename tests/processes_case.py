@@ -16,9 +16,9 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae.cli import main as command_line
+from pyro_vae.cli.main import main as command_line
 from pyro_vae.models import VAE, LinearGaussianVAE
-from pyro_vae.processes import join
+from pyro_vae.runtime.distributed import join
 
 # Two processes with batches of 4 are one with batches of 8: four batches of 8 an epoch, and one of a single datum.
 SIZE, WHOLE_BATCH, EPOCHS = 33, 8, 4

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import pyro_vae as pv
-from pyro_vae import cuda_graphs
-from pyro_vae.capture import captured_step
+from pyro_vae.capture import cuda_graph as cuda_graphs
+from pyro_vae.training.captured_step import captured_step
 
 READS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}
 

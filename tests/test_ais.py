@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae.ais import _Path
-from pyro_vae.hmc import HMC
+from pyro_vae.likelihood.ais.hmc import HMC
+from pyro_vae.likelihood.ais.path import AnnealingPath
+from pyro_vae.likelihood.ais.temperatures import geometric_schedule, sigmoidal_schedule
 from pyro_vae.models import VAE, LinearGaussianVAE, LinearTwoStageVAE
-from pyro_vae.schedules import geometric_schedule, sigmoidal_schedule
 
 ROUNDING = {"rtol": 1e-9, "atol": 1e-9}
 
@@ -157,7 +157,7 @@ def test_moves_leave_the_posterior_as_it_is() -> None:
     pair, x = LinearGaussianVAE(3, 2), torch.randn(1, 3)
     posterior, chains = pair.exact_posterior(x), 4000
     with torch.no_grad():
-        path = _Path(pair, (x,), chains, "prior")
+        path = AnnealingPath(pair, (x,), chains, "prior")
         sampler = HMC(path, 3)
         state = sampler.at(posterior.sample((chains,)))
         before = state.z
@@ -248,7 +248,7 @@ def test_nothing_is_changed_and_seeds_repeat() -> None:
 
 
 def test_chunks_of_data_are_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pyro_vae.ais.CHAINS", 7)
+    monkeypatch.setattr("pyro_vae.likelihood.ais.annealing.CHAINS", 7)
     pair, calls = LinearGaussianVAE(5, 2), []
     x = torch.randn(8, 5)
     settings: dict[str, Any] = {"num_temperatures": 3, "num_chains": 2, "leapfrog_steps": 1, "start": "guide"}

@@ -13,14 +13,9 @@ from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae.analytic import (
-    gaussian_reconstruction,
-    mse_reconstruction,
-    optimal_scale_reconstruction,
-    reconstruction,
-)
-from pyro_vae.distributions import BatchOptimalNormal, DiscretisedLogistic
-from pyro_vae.divergences import (
+from pyro_vae.distributions.batch_optimal import BatchOptimalNormal
+from pyro_vae.distributions.discretised_logistic import DiscretisedLogistic
+from pyro_vae.distributions.kl import (
     affine_expected_kl,
     affine_expected_squared_error,
     convex_kl_bound,
@@ -30,8 +25,14 @@ from pyro_vae.divergences import (
     variational_kl_bound,
 )
 from pyro_vae.models import SRVAE, VAE, LinearGaussianVAE
-from pyro_vae.networks import MLP
-from pyro_vae.pair import Pair
+from pyro_vae.networks.mlp import MLP
+from pyro_vae.objectives.closed_form import (
+    gaussian_reconstruction,
+    mse_reconstruction,
+    optimal_scale_reconstruction,
+    reconstruction,
+)
+from pyro_vae.pair.pair import Pair
 
 LOG_2PI = 1.8378770664093453
 ROUNDING = {"rtol": 1e-10, "atol": 1e-12}

@@ -14,7 +14,7 @@ from torch.distributions import kl_divergence
 
 import pyro_vae as pv
 from pyro_vae.models import LinearGaussianMixtureVAE, LinearGaussianVAE, LinearTwoStageVAE
-from pyro_vae.objectives import elbo, iwae
+from pyro_vae.objectives.bounds import elbo, iwae
 
 # Cholesky factors of small, well-conditioned matrices: rounding stays below 1e-11 relative.
 ROUNDING = {"rtol": 1e-10, "atol": 1e-10}

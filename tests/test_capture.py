@@ -15,9 +15,9 @@ from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, T
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae.capture import captured_step
-from pyro_vae.objectives import elbo, iwae
-from pyro_vae.svi import NonFiniteLossError, eager_step
+from pyro_vae.objectives.bounds import elbo, iwae
+from pyro_vae.training.captured_step import captured_step
+from pyro_vae.training.step import NonFiniteLossError, eager_step
 
 from .capture_cases import (
     CASES,
@@ -35,7 +35,7 @@ from .capture_cases import (
 def test_every_pair_of_the_package_is_covered() -> None:
     pairs = {c for c in vars(pv.models).values() if inspect.isclass(c) and issubclass(c, pv.Pair)}
     missing = pairs - {type(make()) for make in CASES.values()}
-    assert not missing, f"give CASES a small {missing}, or models.OPTIONS its options"
+    assert not missing, f"give CASES a small {missing}, or recipes.OPTIONS its options"
 
 
 @pytest.mark.parametrize("name", CASES)

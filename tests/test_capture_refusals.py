@@ -17,11 +17,12 @@ from pyro.infer import Trace_ELBO, TraceGraph_ELBO
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae import products
-from pyro_vae.capture import CaptureError, captured_step
+from pyro_vae.capture import onednn as products
+from pyro_vae.capture.tracer import CaptureError
 from pyro_vae.models import VAE, LinearGaussianVAE
-from pyro_vae.objectives import elbo
-from pyro_vae.svi import NonFiniteLossError, eager_step
+from pyro_vae.objectives.bounds import elbo
+from pyro_vae.training.captured_step import captured_step
+from pyro_vae.training.step import NonFiniteLossError, eager_step
 
 from .capture_cases import (
     CASES,

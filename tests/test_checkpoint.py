@@ -17,17 +17,10 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae.checkpoint import (
-    load_parameters,
-    load_state,
-    read_json,
-    save_parameters,
-    save_state,
-    write_text,
-    write_whole,
-)
 from pyro_vae.models import VAE, LinearGaussianVAE
-from pyro_vae.svi import NonFiniteLossError
+from pyro_vae.runtime.files import read_json, write_text, write_whole
+from pyro_vae.training.run_folder import load_parameters, load_state, save_parameters, save_state
+from pyro_vae.training.step import NonFiniteLossError
 
 FILES = {"config.json", "metrics.jsonl", "checkpoint/state.pt", "checkpoint/pair.safetensors"}
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae import chunks
-from pyro_vae.capture import CaptureError
+from pyro_vae.capture.tracer import CaptureError
+from pyro_vae.likelihood import captured as chunks
 from pyro_vae.models import VAE
-from pyro_vae.networks import MLP
-from pyro_vae.pair import evaluation
+from pyro_vae.networks.mlp import MLP
+from pyro_vae.pair.modes import evaluation
 
 from .capture_cases import CASES, batches
 
@@ -149,7 +149,7 @@ def test_a_program_that_changes_itself_is_refused() -> None:
 
 def test_products_are_compared_alone_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
     uncompiled(monkeypatch)
-    monkeypatch.setattr("pyro_vae.products.FEWEST_MULTIPLICATIONS", 0)
+    monkeypatch.setattr("pyro_vae.capture.onednn.FEWEST_MULTIPLICATIONS", 0)
     pair, x = small_vae().float(), torch.ones(4, 9, dtype=torch.float32)
     compared = []
 

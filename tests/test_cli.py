@@ -15,12 +15,15 @@ from PIL import Image
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 
 import pyro_vae as pv
-from pyro_vae.cli import load_run, main
+from pyro_vae.cli import recipes
+from pyro_vae.cli.main import main
+from pyro_vae.cli.runs import load_run
+from pyro_vae.cli.training import Training
 from pyro_vae.data import DataSet
-from pyro_vae.estimates import likelihood_rows
-from pyro_vae.kept import KeptChunks
-from pyro_vae.train import fit
-from pyro_vae.training_options import Training
+from pyro_vae.likelihood.estimate import likelihood_rows
+from pyro_vae.likelihood.saved_chunks import KeptChunks
+from pyro_vae.training.fit import fit
+from pyro_vae.training.run_folder import load_state
 
 from .cli_cases import SMALL, error
 
@@ -33,7 +36,7 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_list_names_models_and_data(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
     out = capsys.readouterr().out
-    assert all(name in out for name in (*pv.models.OPTIONS, *pv.data.NAMES))
+    assert all(name in out for name in (*recipes.OPTIONS, *pv.data.NAMES))
 
 
 @pytest.mark.usefixtures("few_digits")
@@ -75,7 +78,7 @@ def test_an_interrupted_evaluation_is_continued_by_the_same_command(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, few_digits: DataSet
 ) -> None:
     main(["train", "vae", *SMALL, "--run-dir", "run"])
-    monkeypatch.setattr("pyro_vae.memory.CHUNK", 10)
+    monkeypatch.setattr("pyro_vae.runtime.memory.CHUNK", 10)
     calls = iter(range(2))
 
     def interrupted(kept: KeptChunks, *chunk: Any) -> None:
@@ -221,11 +224,11 @@ def test_an_interrupted_run_says_how_to_resume(
             super().guide(x)
 
     with monkeypatch.context() as patched:
-        patched.setattr("pyro_vae.models.vae.VAE", Interrupted)
+        patched.setattr("pyro_vae.cli.recipes.vae.VAE", Interrupted)
         assert main(["train", "vae", *SMALL, "--epochs", "3", "--run-dir", "run"]) == 130
     assert "--resume" in capsys.readouterr().out
-    pair = pv.models.VAEOptions(latent=2).build(few_digits)
-    assert pv.checkpoint.load_state(Path("run/checkpoint/state.pt"), "Interrupted")["epoch"] >= 0
+    pair = recipes.VAEOptions(latent=2).build(few_digits)
+    assert load_state(Path("run/checkpoint/state.pt"), "Interrupted")["epoch"] >= 0
     with pytest.raises(ValueError, match="holds a run of Interrupted"):
         fit(pair, few_digits.train, epochs=3, validation=0.1, run_dir="run", resume=True, progress=False)
 

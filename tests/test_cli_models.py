@@ -11,8 +11,11 @@ import pytest
 import torch
 
 import pyro_vae as pv
-from pyro_vae.cli import load_run, main
+from pyro_vae.cli import recipes
+from pyro_vae.cli.main import main
+from pyro_vae.cli.runs import load_run
 from pyro_vae.data import DataSet
+from pyro_vae.training.run_folder import load_state
 
 from .cli_cases import SMALL, error
 
@@ -88,7 +91,7 @@ def test_what_a_graph_cannot_be_trained_by_is_told(capsys: pytest.CaptureFixture
     assert "leave none of 90 edges" in error(capsys, *arguments, "--held-out-test", "1")
     assert "size is 0" in error(capsys, *arguments, "--latent", "0")
     with pytest.raises(ValueError, match="digits is no graph"):
-        pv.models.VGAEOptions().build(pv.data.load("digits"))
+        recipes.VGAEOptions().build(pv.data.load("digits"))
     with pytest.raises(SystemExit):
         main([*arguments, "--data", "digits"])
     assert "'cora', 'citeseer', 'pubmed'" in " ".join(capsys.readouterr().err.split())
@@ -99,7 +102,7 @@ def test_more_samples_than_fit_are_refused(
     few_digits: DataSet, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     main(["train", "vae", *SMALL, "--run-dir", "run"])
-    monkeypatch.setattr("pyro_vae.cli.MOST_BYTES", 10 * 64 * torch.get_default_dtype().itemsize)
+    monkeypatch.setattr("pyro_vae.cli.main.MOST_BYTES", 10 * 64 * torch.get_default_dtype().itemsize)
     assert main(["sample", "run", "--num-samples", "10"]) == 0
     assert "ask for 10 at most" in error(capsys, "sample", "run", "--num-samples", "11")
 
@@ -129,7 +132,7 @@ def test_clusters_start_where_the_data_lie_after_some_epochs(
     assert (early["warmup"], late["warmup"]) == (2, 0)
     assert len(Path("run/before_start/metrics.jsonl").read_text().splitlines()) == 2
     assert len(Path("run/metrics.jsonl").read_text().splitlines()) == 1
-    before = pv.checkpoint.load_state(Path("run/before_start/checkpoint/state.pt"), "GaussianMixtureVAE")["pair"]
+    before = load_state(Path("run/before_start/checkpoint/state.pt"), "GaussianMixtureVAE")["pair"]
     assert float(before["prior.means"].sum()) == means
     assert "clustering accuracy, test data" in capsys.readouterr().out
     # Continued, it does not start again; begun anew, it spares the folder.
@@ -147,8 +150,7 @@ def test_training_before_the_start_is_continued_too(few_digits: DataSet, monkeyp
     assert main([*arguments, "--resume"]) == 0
     assert main([*arguments[:-2], "--start-clusters-after", "2", "--run-dir", "unbroken"]) == 0
     states = [
-        pv.checkpoint.load_state(Path(run) / "checkpoint" / "state.pt", "GaussianMixtureVAE")["pair"]
-        for run in ("run", "unbroken")
+        load_state(Path(run) / "checkpoint" / "state.pt", "GaussianMixtureVAE")["pair"] for run in ("run", "unbroken")
     ]
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 

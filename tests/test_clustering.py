@@ -7,7 +7,7 @@ from itertools import permutations
 import pytest
 import torch
 
-from pyro_vae.clustering import clustering_accuracy, contingency
+from pyro_vae.diagnostics.clustering import clustering_accuracy, contingency
 
 
 def test_the_assignment_is_the_best_of_all_permutations() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_vae.compiling import compile_graph
+from pyro_vae.capture.inductor import compile_graph
 
 aten = torch.ops.aten
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 import pyro_vae as pv
-from pyro_vae.conditionals import SMALLEST_GUIDE_SCALE
+from pyro_vae.conditionals.posteriors import SMALLEST_GUIDE_SCALE
 
 
 def mixture(**kwargs: Any) -> pv.MixtureOfGaussians:

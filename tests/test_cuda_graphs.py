@@ -15,10 +15,10 @@ from pyro.infer import Trace_ELBO
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae import cuda_graphs
-from pyro_vae.capture import captured_step
-from pyro_vae.cuda_graphs import WARM_UPS, GraphedStep
+from pyro_vae.capture import cuda_graph as cuda_graphs
+from pyro_vae.capture.cuda_graph import WARM_UPS, GraphedStep
 from pyro_vae.models import VAE
+from pyro_vae.training.captured_step import captured_step
 
 from .capture_cases import CASES, batches, binary, small_vae
 from .taken_down import RATE, StandIn, assert_graphed_is_not, assert_same, fused_adam, sgd, taken
@@ -335,7 +335,7 @@ def test_a_step_that_waits_for_the_device_is_taken_all_the_same(monkeypatch: pyt
 
 @pytest.mark.usefixtures("graphs")
 def test_numbers_that_keep_changing_end_the_making_of_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pyro_vae.cuda_graphs.MAX_GRAPHS", 2)
+    monkeypatch.setattr("pyro_vae.capture.cuda_graph.MAX_GRAPHS", 2)
 
     def move(i: int, pair: pv.Pair, optimizer: torch.optim.Optimizer) -> None:
         optimizer.param_groups[0]["momentum"] = 0.5 / (1 + i // (WARM_UPS + 2))

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import pyro_vae as pv
-from pyro_vae.capture import captured_step
-from pyro_vae.cuda_graphs import GraphedStep, waits_for_the_device
-from pyro_vae.loading import Batches
+from pyro_vae.capture.cuda_graph import GraphedStep, waits_for_the_device
 from pyro_vae.models import LinearGaussianVAE
-from pyro_vae.svi import NonFiniteLossError
+from pyro_vae.runtime.batches import Batches
+from pyro_vae.training.captured_step import captured_step
+from pyro_vae.training.step import NonFiniteLossError
 
 from .capture_cases import CASES, batches, binary, small_vae
 from .taken_down import RATE, StandIn, assert_same, fused_adam, sgd, taken
@@ -96,7 +96,7 @@ def test_fit_is_the_same(graphs: dict[str, Any], streamed: bool, monkeypatch: py
     metrics, expected = fitted(**options)
     device = StandIn(torch.device("cpu"))
     graphs["cpu"] = lambda _: device
-    monkeypatch.setattr("pyro_vae.train.Batches", partial(Batches, streamed=streamed))
+    monkeypatch.setattr("pyro_vae.training.fit.Batches", partial(Batches, streamed=streamed))
     ours, state = fitted(**options)
     assert ours == metrics
     assert all(torch.equal(value, expected[name]) for name, value in state.items())
@@ -156,7 +156,7 @@ def test_cuda_graphs_take_the_same_steps(name: str, make: Any, monkeypatch: pyte
 
     losses, state, step = trained()
     assert step.graphs
-    monkeypatch.setattr("pyro_vae.cuda_graphs.DEVICES", {})
+    monkeypatch.setattr("pyro_vae.capture.cuda_graph.DEVICES", {})
     expected, theirs, _ = trained()
     # Sums over a batch may be added up in another order; 40 steps of float64 keep that far below this.
     assert losses == pytest.approx(expected, rel=1e-7)
@@ -184,7 +184,7 @@ def test_every_capturable_optimiser_of_torchs(name: str, monkeypatch: pytest.Mon
 
     state, lines = trained()
     assert not lines
-    monkeypatch.setattr("pyro_vae.cuda_graphs.DEVICES", {})
+    monkeypatch.setattr("pyro_vae.capture.cuda_graph.DEVICES", {})
     expected, _ = trained()
     for key, value in expected.items():
         torch.testing.assert_close(state[key], value, rtol=1e-7, atol=1e-7)
@@ -205,9 +205,9 @@ def test_draws_differ_between_replays_on_cuda() -> None:
 @needs_cuda
 @pytest.mark.parametrize("streamed", [False, True])
 def test_fit_on_cuda_is_the_same(streamed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pyro_vae.train.Batches", partial(Batches, streamed=streamed))
+    monkeypatch.setattr("pyro_vae.training.fit.Batches", partial(Batches, streamed=streamed))
     metrics, state = fitted(device="cuda", lr=RATE, warmup=2)
-    monkeypatch.setattr("pyro_vae.cuda_graphs.DEVICES", {})
+    monkeypatch.setattr("pyro_vae.capture.cuda_graph.DEVICES", {})
     expected, theirs = fitted(device="cuda", lr=RATE, warmup=2)
     assert [m["loss"] for m in metrics] == pytest.approx([m["loss"] for m in expected], rel=1e-7)
     for key, value in theirs.items():

@@ -13,7 +13,7 @@ from pyro.distributions.transforms import AffineTransform
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae.divergences import kl_full, kl_standard_normal
+from pyro_vae.distributions.kl import kl_full, kl_standard_normal
 from pyro_vae.models import SRVAE, VAE, LinearGaussianMixtureVAE, LinearGaussianVAE
 
 ROUNDING = {"rtol": 1e-10, "atol": 1e-10}

@@ -63,7 +63,7 @@ def test_a_rotated_code_leaves_the_classifier_little_more_than_chance() -> None:
 
 
 def test_votes_agree_in_their_factor() -> None:
-    from pyro_vae.disentanglement import _votes
+    from pyro_vae.diagnostics.disentanglement import _votes
 
     factors = FACTORS[torch.randperm(len(FACTORS))[:500]]
     for k in range(5):

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_vae.distributions import BatchOptimalNormal, DiscretisedLogistic, GaussianMixture, on_grid
+from pyro_vae.distributions.batch_optimal import BatchOptimalNormal
+from pyro_vae.distributions.discretised_logistic import DiscretisedLogistic, on_grid
+from pyro_vae.distributions.mixtures import GaussianMixture
 
 ROUNDING = {"rtol": 1e-10, "atol": 1e-12}
 

@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 import pyro_vae as pv
-from pyro_vae.distributions import GaussianMixture
-from pyro_vae.divergences import (
+from pyro_vae.distributions.kl import (
     affine_expected_kl,
     affine_expected_squared_error,
     convex_kl_bound,
@@ -25,6 +24,7 @@ from pyro_vae.divergences import (
     monte_carlo_kl,
     variational_kl_bound,
 )
+from pyro_vae.distributions.mixtures import GaussianMixture
 
 # Sums of at most a few dozen float64 terms of order one: rounding stays below 1e-13.
 ROUNDING = {"rtol": 1e-10, "atol": 1e-12}

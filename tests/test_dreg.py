@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import pyro_vae as pv
 from pyro_vae.models import VAE, LinearGaussianMixtureVAE, LinearGaussianVAE
-from pyro_vae.objectives import iwae
-from pyro_vae.svi import check_loss
+from pyro_vae.objectives.bounds import iwae
+from pyro_vae.objectives.loss import check_loss
 
 
 class Chain(pv.Pair):

@@ -15,8 +15,8 @@ from sklearn.mixture import GaussianMixture as SklearnMixture
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae.em import HasExactSteps
 from pyro_vae.models import GaussianMixture, LinearGaussianVAE
+from pyro_vae.training.em import HasExactSteps
 
 # Sums over a few hundred data and small Cholesky factors.
 ROUNDING = {"rtol": 1e-9, "atol": 1e-9}

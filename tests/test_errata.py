@@ -18,25 +18,25 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 import pyro_vae as pv
-from pyro_vae.analytic import (
-    documents_mse_reconstruction,
-    gaussian_reconstruction,
-    mse_reconstruction,
-    optimal_scale_reconstruction,
-    reconstruction,
-)
-from pyro_vae.conditionals import SMALLEST_GUIDE_SCALE
-from pyro_vae.divergences import (
+from pyro_vae.conditionals.posteriors import SMALLEST_GUIDE_SCALE
+from pyro_vae.distributions.kl import (
     affine_expected_kl,
     affine_expected_squared_error,
     kl_diagonal,
     kl_full,
     kl_standard_normal,
 )
-from pyro_vae.evaluate import naive_log_likelihood
+from pyro_vae.likelihood.importance import naive_log_likelihood
 from pyro_vae.models import VAE, LinearGaussianVAE, LinearTwoStageVAE
-from pyro_vae.networks import MLP
-from pyro_vae.objectives import elbo
+from pyro_vae.networks.mlp import MLP
+from pyro_vae.objectives.bounds import elbo
+from pyro_vae.objectives.closed_form import (
+    documents_mse_reconstruction,
+    gaussian_reconstruction,
+    mse_reconstruction,
+    optimal_scale_reconstruction,
+    reconstruction,
+)
 
 LOG_2PI = math.log(2 * math.pi)
 # A few thousand float64 terms of order one.

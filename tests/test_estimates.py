@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 import pyro_vae as pv
-from pyro_vae.estimates import likelihood_notes, likelihood_rows
-from pyro_vae.figures import LIKELIHOOD_FIGURES, likelihood_curve, pareto_k
+from pyro_vae.likelihood.estimate import likelihood_notes, likelihood_rows
 from pyro_vae.models import LinearGaussianVAE
-from pyro_vae.report import forget_likelihood, record_likelihood
+from pyro_vae.report.files import forget_likelihood, record_likelihood
+from pyro_vae.report.likelihood_figures import LIKELIHOOD_FIGURES, likelihood_curve, pareto_k
 
 from .off_guides import WrongScale
 
@@ -159,10 +159,10 @@ def test_a_bar_is_drawn_where_it_takes_long(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pair, x = WrongScale(1.4), torch.randn(5, 3)
-    monkeypatch.setattr("pyro_vae.progress.DELAY", math.inf)
+    monkeypatch.setattr("pyro_vae.runtime.progress.DELAY", math.inf)
     pv.log_likelihood(pair, x, num_particles=5)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr("pyro_vae.progress.DELAY", 0.0)
+    monkeypatch.setattr("pyro_vae.runtime.progress.DELAY", 0.0)
     pv.log_likelihood(pair, x, num_particles=5, progress=False)
     assert capsys.readouterr().err == ""
     pv.log_likelihood(pair, x, num_particles=5)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae.evaluate import quantity_of
-from pyro_vae.memory import CountBytes, chunk_sizes
+from pyro_vae.likelihood.estimate import quantity_of
 from pyro_vae.models import SRVAE, VAE, LinearGaussianMixtureVAE, LinearGaussianVAE, LinearTwoStageVAE
+from pyro_vae.runtime.memory import CountBytes, chunk_sizes
 
 from .off_guides import WrongScale
 
@@ -249,7 +249,7 @@ def test_the_encoder_runs_once_per_chunk_of_particles(transition: Any, monkeypat
         measured.update({name: len(calls) for name, calls in seen.items()})
         return choice[0]
 
-    monkeypatch.setattr("pyro_vae.evaluate.chunk_sizes", record)
+    monkeypatch.setattr("pyro_vae.likelihood.importance.chunk_sizes", record)
     pv.log_likelihood(pair, x, num_particles=100, memory=memory, seed=0)
     ((data, particles),) = choice
     sizes = [min(particles, 100 - start) for start in range(0, 100, particles)]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae.exact import (
+from pyro_vae.distributions.linear_gaussian import (
     condition_gaussian,
     linear_gaussian_log_likelihood,
     linear_gaussian_posterior,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import pyro_vae as pv
-from pyro_vae.export import _assemble
+from pyro_vae.diagnostics.arviz_export import _assemble
 from pyro_vae.models import VAE, LinearGaussianMixtureVAE, LinearGaussianVAE
 
 from .off_guides import WrongScale
@@ -301,7 +301,7 @@ def test_bad_requests_are_refused() -> None:
 def test_for_arviz_1_a_tree_of_the_same_groups_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     pair, x = LinearGaussianVAE(3, 2), torch.randn(4, 3)
     data = pv.to_arviz(pair, x, num_particles=5, num_draws=5, seed=0)
-    monkeypatch.setattr("pyro_vae.export._arviz", lambda: types.SimpleNamespace(__version__="1.0"))
+    monkeypatch.setattr("pyro_vae.diagnostics.arviz_export._arviz", lambda: types.SimpleNamespace(__version__="1.0"))
     tree = pv.to_arviz(pair, x, num_particles=5, num_draws=5, seed=0)
     assert set(tree.children) == {
         "posterior",

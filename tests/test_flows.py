@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 import pyro_vae as pv
-from pyro_vae.conditionals import DiagonalGaussian
-from pyro_vae.flows import SCORING, FlowDistribution, NoInverseError
+from pyro_vae.conditionals.posteriors import DiagonalGaussian
+from pyro_vae.distributions.flow import SCORING, FlowDistribution, NoInverseError
 
 SIZE, CONTEXT = 4, 3
 LAYERS: dict[str, Callable[[int], nn.Module]] = {

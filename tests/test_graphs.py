@@ -10,9 +10,11 @@ from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor
 
 import pyro_vae as pv
-from pyro_vae import graphs
-from pyro_vae.graphs import BalancedGraphLoss, GraphConvolutions, InnerProductGraph
+from pyro_vae.distributions import graph as graphs
+from pyro_vae.distributions.graph import InnerProductGraph
 from pyro_vae.models import VGAE
+from pyro_vae.networks.graph import GraphConvolutions
+from pyro_vae.objectives.graph import BalancedGraphLoss
 
 # Sums of a few hundred terms in another order.
 ROUNDING = {"rtol": 1e-10, "atol": 1e-10}

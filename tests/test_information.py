@@ -16,10 +16,12 @@ from torch import Tensor
 
 import pyro_vae as pv
 from pyro_vae.data import DataSet
-from pyro_vae.diagnostics import noise_modules
-from pyro_vae.figures import collapse, scales
+from pyro_vae.diagnostics.collapse import noise_modules
 from pyro_vae.models import SRVAE, VAE, LinearGaussianMixtureVAE, LinearGaussianVAE, LinearTwoStageVAE
-from pyro_vae.report import write_collapse, write_report
+from pyro_vae.report.figures import collapse, scales
+from pyro_vae.report.files import write_collapse
+from pyro_vae.report.markdown import write_report
+from pyro_vae.runtime.random_state import own_random_state
 
 
 class Channel(pv.Pair):
@@ -147,7 +149,7 @@ def test_noise_amounts_to_beta(scale: float) -> None:
     pair, x = VAE((4,), pv.StandardNormal(2), pv.Gaussian(pv.FixedScale(scale))), torch.randn(7, 4)
 
     def gradient(beta: float) -> Tensor:
-        with pv.randomness.own_random_state(0):
+        with own_random_state(0):
             terms = pv.log_terms(pair, x)
         objective = (terms.log_lik + beta * (terms.log_prior - terms.log_guide)).sum()
         return torch.cat([g.flatten() for g in torch.autograd.grad(objective, list(pair.parameters()))])

@@ -17,10 +17,11 @@ import pytest
 import torch
 
 import pyro_vae as pv
-from pyro_vae.checkpoint import load_state
-from pyro_vae.cli import load_run
+from pyro_vae.cli.runs import load_run
+from pyro_vae.training import trainer
+from pyro_vae.training.run_folder import load_state
 
-TRAIN = (sys.executable, "-m", "pyro_vae.cli", "train", "vae", "--data", "digits", "--run-dir", "run")
+TRAIN = (sys.executable, "-m", "pyro_vae", "train", "vae", "--data", "digits", "--run-dir", "run")
 # Far more than a start or an epoch takes; only a run that hangs meets it.
 PATIENCE = 60
 
@@ -102,8 +103,8 @@ def test_the_message_names_the_epoch_that_the_folder_holds(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Every epoch is written, so that the fifth call is in a later one, while it is being followed or saved.
-    monkeypatch.setattr("pyro_vae.trainer.SHARE_OF_SAVING", 1.0)
-    monkeypatch.setattr(f"pyro_vae.trainer.{where}", after(4, getattr(pv.trainer, where)))
+    monkeypatch.setattr("pyro_vae.training.trainer.SHARE_OF_SAVING", 1.0)
+    monkeypatch.setattr(f"pyro_vae.training.trainer.{where}", after(4, getattr(trainer, where)))
     message = interrupted_fit(tmp_path / "run")
     held = load_state(tmp_path / "run" / "checkpoint" / "state.pt", "LinearGaussianVAE")["epoch"]
     assert f"run holds epoch {held}:" in message

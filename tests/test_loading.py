@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae.loading import Batches
+from pyro_vae.runtime.batches import Batches
 
 CPU = torch.device("cpu")
 
@@ -51,7 +51,7 @@ def test_streamed_training_is_the_same_bit_for_bit(monkeypatch: pytest.MonkeyPat
     x = torch.randn(50, 4)
     start = pv.models.VAE((4,), pv.StandardNormal(2), encoder=nn.Linear(4, 4), decoder=nn.Linear(2, 4))
     resident = trained()
-    monkeypatch.setattr("pyro_vae.train.Batches", partial(Batches, streamed=True))
+    monkeypatch.setattr("pyro_vae.training.fit.Batches", partial(Batches, streamed=True))
     assert all(torch.equal(a, b) for a, b in zip(resident, trained(), strict=True))
 
 
@@ -60,7 +60,7 @@ def test_streamed_training_is_the_same_bit_for_bit(monkeypatch: pytest.MonkeyPat
 def test_data_larger_than_the_device_may_hold_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     x, device = torch.randn(100, 4), torch.device("cuda")
     assert not Batches((x,), device).streamed
-    monkeypatch.setattr("pyro_vae.loading.SHARE_OF_MEMORY", 0.0)
+    monkeypatch.setattr("pyro_vae.runtime.batches.SHARE_OF_MEMORY", 0.0)
     batches = Batches((x,), device)
     assert batches.streamed
     assert batches.data[0].device == CPU

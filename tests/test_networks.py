@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.networks import MLP, ConvDecoder, ConvEncoder, flatten_inputs
+from pyro_vae.networks.convolutional import ConvDecoder, ConvEncoder
+from pyro_vae.networks.mlp import MLP, flatten_inputs
 
 # Convolutions over another batch may be summed in another order: a few roundings.
 ROUNDING = {"rtol": 1e-11, "atol": 1e-12}

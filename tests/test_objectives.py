@@ -13,8 +13,8 @@ from pyro.infer import Trace_ELBO
 
 import pyro_vae as pv
 from pyro_vae.models import VAE, LadderVAE, LinearGaussianVAE
-from pyro_vae.objectives import beta_elbo, elbo, free_bits, iwae, renyi
-from pyro_vae.pair import LogTerms
+from pyro_vae.objectives.bounds import beta_elbo, elbo, free_bits, iwae, renyi
+from pyro_vae.pair.terms import LogTerms
 
 # Sums of a few dozen numbers of order ten.
 ROUNDING = {"rtol": 1e-12, "atol": 1e-12}

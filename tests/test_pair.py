@@ -16,9 +16,10 @@ from pyro import poutine
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae.checks import check_batch
 from pyro_vae.models import LinearGaussianMixtureVAE, LinearGaussianVAE, LinearTwoStageVAE
-from pyro_vae.pair import Pair, log_terms, site_terms
+from pyro_vae.pair.checks import check_batch
+from pyro_vae.pair.pair import Pair
+from pyro_vae.pair.terms import log_terms, site_terms
 
 # Cholesky factors of small, well-conditioned matrices: rounding stays below 1e-11 relative.
 ROUNDING = {"rtol": 1e-10, "atol": 1e-10}

@@ -23,11 +23,11 @@ from pyro.infer.importance import vectorized_importance_weights
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae.checkpoint import load_state
+from pyro_vae.conditionals.scales import LearnedScale
 from pyro_vae.models import VAE, LinearGaussianMixtureVAE, LinearGaussianVAE
-from pyro_vae.objectives import elbo, iwae
-from pyro_vae.scales import LearnedScale
-from pyro_vae.svi import check_loss
+from pyro_vae.objectives.bounds import elbo, iwae
+from pyro_vae.objectives.loss import check_loss
+from pyro_vae.training.run_folder import load_state
 
 from .off_guides import WrongScale
 

@@ -20,8 +20,8 @@ from torch.distributions import kl_divergence
 
 import pyro_vae as pv
 from pyro_vae.models import VAE, LinearGaussianVAE
-from pyro_vae.objectives import elbo
-from pyro_vae.svi import eager_step
+from pyro_vae.objectives.bounds import elbo
+from pyro_vae.training.step import eager_step
 
 ROUNDING = {"rtol": 1e-9, "atol": 1e-9}
 

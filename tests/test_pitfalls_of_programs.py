@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import pyro_vae as pv
-from pyro_vae.capture import captured_step
+from pyro_vae.capture.tracer import traced
 from pyro_vae.models import VAE
-from pyro_vae.recording import traced
-from pyro_vae.svi import eager_step
+from pyro_vae.training.captured_step import captured_step
+from pyro_vae.training.step import eager_step
 
 ROUNDING = {"rtol": 1e-9, "atol": 1e-9}
 

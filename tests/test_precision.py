@@ -14,12 +14,12 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae.capture import captured_step
-from pyro_vae.checkpoint import read_json
 from pyro_vae.models import VAE
-from pyro_vae.pair import sample_sites, trace_pair
-from pyro_vae.precision import mixed, networks
-from pyro_vae.svi import Step, eager_step
+from pyro_vae.pair.trace import sample_sites, trace_pair
+from pyro_vae.runtime.files import read_json
+from pyro_vae.training.captured_step import captured_step
+from pyro_vae.training.precision import mixed, networks
+from pyro_vae.training.step import Step, eager_step
 
 from .capture_cases import CASES, batches
 

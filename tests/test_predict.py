@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 import pyro_vae as pv
-from pyro_vae.exact import linear_gaussian_log_likelihood, linear_gaussian_posterior
-from pyro_vae.memory import CountBytes
+from pyro_vae.distributions.linear_gaussian import linear_gaussian_log_likelihood, linear_gaussian_posterior
 from pyro_vae.models import SRVAE, VAE, LinearGaussianMixtureVAE, LinearGaussianVAE
-from pyro_vae.networks import MLP
+from pyro_vae.networks.mlp import MLP
+from pyro_vae.runtime.memory import CountBytes
 
 
 class OffGuide(LinearGaussianVAE):

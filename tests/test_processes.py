@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import pyro_vae as pv
-from pyro_vae.checkpoint import load_state
-from pyro_vae.cli import load_run
-from pyro_vae.processes import Processes
+from pyro_vae.cli.runs import load_run
+from pyro_vae.runtime.distributed import Processes
+from pyro_vae.training.run_folder import load_state
 
 from .processes_case import TRAJECTORIES, trajectory
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_vae import products
-from pyro_vae.products import through_onednn, with_faster_products
+from pyro_vae.capture import onednn as products
+from pyro_vae.capture.onednn import through_onednn, with_faster_products
 
 ONEDNN = torch.ops.pyro_vae.product.default
 onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs torch built with oneDNN")

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 import pyro_vae as pv
+from pyro_vae.likelihood.psis import fit_pareto, pareto_tail, tail_size, trust_threshold
+from pyro_vae.likelihood.weights import WeightStream, WeightSummary
 from pyro_vae.models import LinearGaussianMixtureVAE, LinearGaussianVAE
-from pyro_vae.psis import fit_pareto, pareto_tail, tail_size, trust_threshold
-from pyro_vae.weights import WeightStream, WeightSummary
 
 from .off_guides import WrongScale
 

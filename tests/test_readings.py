@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae.conditionals import SMALLEST_GUIDE_SCALE
+from pyro_vae.conditionals.posteriors import SMALLEST_GUIDE_SCALE
 from pyro_vae.models import SRVAE
-from pyro_vae.networks import flatten_inputs
-from pyro_vae.objectives import elbo, iwae
+from pyro_vae.networks.mlp import flatten_inputs
+from pyro_vae.objectives.bounds import elbo, iwae
 
 NOISE = 0.1
 # Orthonormal columns, orthogonal to (1, 1, 1, 1): what a 2 × 2 image is besides its mean.

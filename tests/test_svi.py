@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 import pyro_vae as pv
 from pyro_vae.models import VAE, LinearGaussianMixtureVAE, LinearGaussianVAE
-from pyro_vae.objectives import elbo, iwae
-from pyro_vae.pair import LogTerms, log_terms, site_terms
-from pyro_vae.svi import NonFiniteLossError, check_loss, eager_step, non_finite_sites, scaled_latents
+from pyro_vae.objectives.bounds import elbo, iwae
+from pyro_vae.objectives.loss import check_loss
+from pyro_vae.pair.terms import LogTerms, log_terms, site_terms
+from pyro_vae.training.step import NonFiniteLossError, eager_step, non_finite_sites, scaled_latents
 
 # Sums of a few hundred float64 terms: rounding stays below 1e-12 relative.
 ROUNDING = {"rtol": 1e-11, "atol": 1e-11}

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae.capture import captured_step
 from pyro_vae.models import VAE, LinearGaussianMixtureVAE
-from pyro_vae.objectives import beta_elbo, elbo
-from pyro_vae.svi import check_loss, eager_step
-from pyro_vae.total_correlation import _log_weights
+from pyro_vae.objectives.bounds import beta_elbo, elbo
+from pyro_vae.objectives.loss import check_loss
+from pyro_vae.objectives.total_correlation import _log_weights
+from pyro_vae.training.captured_step import captured_step
+from pyro_vae.training.step import eager_step
 
 # Sums of a few dozen numbers of order ten.
 ROUNDING = {"rtol": 1e-10, "atol": 1e-10}

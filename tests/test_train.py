@@ -15,11 +15,11 @@ from pyro.infer import Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae.capture import CaptureError
+from pyro_vae.capture.tracer import CaptureError
 from pyro_vae.models import VAE, LinearGaussianMixtureVAE, LinearGaussianVAE
-from pyro_vae.objectives import elbo, iwae
-from pyro_vae.pair import LogTerms
-from pyro_vae.trainer import Trainer
+from pyro_vae.objectives.bounds import elbo, iwae
+from pyro_vae.pair.terms import LogTerms
+from pyro_vae.training.trainer import Trainer
 
 
 def vae() -> VAE:

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae.capture import captured_step
-from pyro_vae.checkpoint import load_parameters, load_state, save_state
 from pyro_vae.models import VAE, LinearGaussianVAE
-from pyro_vae.svi import NonFiniteLossError
+from pyro_vae.training.captured_step import captured_step
+from pyro_vae.training.run_folder import load_parameters, load_state, save_state
+from pyro_vae.training.step import NonFiniteLossError
 
 
 @pytest.fixture
 def read_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """Treat the CPU as a device whose numbers are not read back at every step."""
-    monkeypatch.setattr("pyro_vae.svi.READ_LATER", {"cpu"})
+    monkeypatch.setattr("pyro_vae.training.step.READ_LATER", {"cpu"})
 
 
 def vae() -> VAE:
@@ -53,8 +53,8 @@ def test_losses_read_late_are_the_same(
     pair = vae()
     twin = copy.deepcopy(pair)
     at_once = fit(pair, data(), clip_norm=clip_norm)
-    monkeypatch.setattr("pyro_vae.svi.READ_LATER", {"cpu"})
-    monkeypatch.setattr("pyro_vae.trainer.STEPS_BETWEEN_READINGS", steps_between)
+    monkeypatch.setattr("pyro_vae.training.step.READ_LATER", {"cpu"})
+    monkeypatch.setattr("pyro_vae.training.trainer.STEPS_BETWEEN_READINGS", steps_between)
     late = fit(twin, data(), clip_norm=clip_norm)
     assert without_time(late.metrics) == without_time(at_once.metrics)
     assert all(torch.equal(a, b) for a, b in zip(pair.parameters(), twin.parameters(), strict=True))
@@ -126,7 +126,7 @@ def count_saves(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         epochs.append(state["epoch"])
         save_state(state, path)
 
-    monkeypatch.setattr("pyro_vae.trainer.save_state", counted)
+    monkeypatch.setattr("pyro_vae.training.trainer.save_state", counted)
     return epochs
 
 
@@ -134,7 +134,7 @@ def count_saves(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_saving_takes_no_more_than_its_share_of_time(
     share: float, saved: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pyro_vae.trainer.SHARE_OF_SAVING", share)
+    monkeypatch.setattr("pyro_vae.training.trainer.SHARE_OF_SAVING", share)
     epochs = count_saves(monkeypatch)
     run = fit(vae(), data(), epochs=6, run_dir=tmp_path)
     assert epochs == saved
@@ -145,7 +145,7 @@ def test_saving_takes_no_more_than_its_share_of_time(
 def test_an_epoch_held_in_memory_is_written_when_a_run_breaks_off(
     error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pyro_vae.trainer.SHARE_OF_SAVING", 1e-9)
+    monkeypatch.setattr("pyro_vae.training.trainer.SHARE_OF_SAVING", 1e-9)
     start = vae()
     whole, broken, rest = (copy.deepcopy(start) for _ in range(3))
     calls = iter(range(4 * 3 + 2))

@@ -14,8 +14,8 @@ from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import LambdaLR, StepLR
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from pyro_vae import updates
-from pyro_vae.updates import update
+from pyro_vae.capture import fused_adam as updates
+from pyro_vae.capture.fused_adam import update
 
 MAKE: dict[str, tuple[Callable[[list[nn.Parameter]], torch.optim.Optimizer], bool]] = {
     # Whether the kernel is called alone, once there is state.

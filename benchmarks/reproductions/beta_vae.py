@@ -9,7 +9,7 @@ from common import FAST
 from tables import provenance, spread
 
 import pyro_vae as pv
-from pyro_vae.report import markdown_table
+from pyro_vae.report.markdown import markdown_table
 
 TITLE = "β-VAE and β-TCVAE, sprites: MIG and the β-VAE metric"
 EPOCHS = 45

@@ -11,8 +11,8 @@ from pyro.infer import TraceMeanField_ELBO
 from tables import provenance, spread
 
 import pyro_vae as pv
-from pyro_vae.networks import MLP
-from pyro_vae.report import markdown_table
+from pyro_vae.networks.mlp import MLP
+from pyro_vae.report.markdown import markdown_table
 
 TITLE = "VAE with categorical latents, static MNIST, 784–(20×10)–200"
 EPOCHS = 40

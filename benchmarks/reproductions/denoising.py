@@ -9,8 +9,8 @@ from common import trained
 from tables import provenance, spread
 
 import pyro_vae as pv
-from pyro_vae.networks import MLP
-from pyro_vae.report import markdown_table
+from pyro_vae.networks.mlp import MLP
+from pyro_vae.report.markdown import markdown_table
 
 TITLE = "Denoising VAE against VAE of equal size, static MNIST"
 EPOCHS = 24

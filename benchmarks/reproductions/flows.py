@@ -11,8 +11,8 @@ from tables import provenance, spread
 
 import pyro_vae as pv
 from pyro_vae.models.flow_vae import posterior_layers
-from pyro_vae.networks import MLP
-from pyro_vae.report import markdown_table
+from pyro_vae.networks.mlp import MLP
+from pyro_vae.report.markdown import markdown_table
 
 TITLE = "Flows in the guide, static MNIST, 784–200–20"
 EPOCHS = 5

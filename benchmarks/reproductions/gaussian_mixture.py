@@ -12,9 +12,9 @@ from sklearn.metrics import normalized_mutual_info_score
 from tables import provenance
 
 import pyro_vae as pv
-from pyro_vae.clustering import clustering_accuracy
-from pyro_vae.networks import MLP
-from pyro_vae.report import markdown_table
+from pyro_vae.diagnostics.clustering import clustering_accuracy
+from pyro_vae.networks.mlp import MLP
+from pyro_vae.report.markdown import markdown_table
 
 TITLE = "Gaussian mixture VAE: clustering MNIST"
 SEEDS = (0, 1, 2, 3, 4)

@@ -9,8 +9,8 @@ from common import evaluated, trained
 from tables import provenance
 
 import pyro_vae as pv
-from pyro_vae.networks import MLP
-from pyro_vae.report import markdown_table
+from pyro_vae.networks.mlp import MLP
+from pyro_vae.report.markdown import markdown_table
 
 TITLE = "IWAE, static MNIST, 784–200–200–50"
 # Stage i of the published eight lasts 3^(i − 1) epochs at a rate of 1e-3 · 10^(−(i − 1) / 7). The fourth, of 27, is cut

@@ -12,9 +12,9 @@ from tables import provenance, with_error
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae.networks import MLP
-from pyro_vae.objectives import free_bits
-from pyro_vae.report import markdown_table
+from pyro_vae.networks.mlp import MLP
+from pyro_vae.objectives.bounds import free_bits
+from pyro_vae.report.markdown import markdown_table
 
 TITLE = "Ladder VAE, static MNIST"
 EPOCHS = 28

@@ -10,8 +10,8 @@ from tables import provenance, spread
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae.networks import MLP
-from pyro_vae.report import markdown_table
+from pyro_vae.networks.mlp import MLP
+from pyro_vae.report.markdown import markdown_table
 
 TITLE = "VAE, static MNIST, 784–400–40"
 # About as far as the published 500 epochs at 1e-4 go, in a third of the time.

@@ -11,8 +11,8 @@ from tables import provenance, spread, with_error
 import pyro_vae as pv
 from pyro_vae.models.flow_vae import prior_layers
 from pyro_vae.models.vamp_prior_vae import starting_pseudo_inputs
-from pyro_vae.networks import GatedMLP
-from pyro_vae.report import markdown_table
+from pyro_vae.networks.mlp import GatedMLP
+from pyro_vae.report.markdown import markdown_table
 
 TITLE = "VampPrior, static MNIST, gated 784–300–300–40, 500 pseudo-inputs"
 EPOCHS = 50

@@ -12,8 +12,8 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from tables import provenance, spread
 
 import pyro_vae as pv
-from pyro_vae.graphs import BalancedGraphLoss
-from pyro_vae.report import markdown_table
+from pyro_vae.objectives.graph import BalancedGraphLoss
+from pyro_vae.report.markdown import markdown_table
 
 TITLE = "VGAE: links of citation networks"
 EPOCHS, PUBLISHED_EPOCHS, PUBLISHED_RUNS = 200, 200, 10

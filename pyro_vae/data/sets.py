@@ -200,7 +200,5 @@ _LOADERS: dict[str, Callable[[Path, bool], DataSet]] = {
     "frey-faces": lambda root, download: _frey_faces(root),
     "sprites": lambda root, download: _sprites(),
 }
-
-
 #: The names :func:`load` knows.
 NAMES: tuple[str, ...] = tuple(_LOADERS)

@@ -16,21 +16,18 @@ Reference: Higgins et al. (2017), β-VAE, ICLR; Burgess et al. (2018), arXiv:180
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 from torch import nn
 
-from pyro_vae.annealing import Annealed
-from pyro_vae.conditionals import Bernoulli, Head, MixtureOfGaussians, StandardNormal
-from pyro_vae.data import DataSet
-from pyro_vae.models.options import LikelihoodName, make_likelihood
+from pyro_vae.conditionals.conditional import Head
+from pyro_vae.conditionals.likelihoods import Bernoulli
+from pyro_vae.conditionals.priors import MixtureOfGaussians, StandardNormal
 from pyro_vae.models.vae import VAE
-from pyro_vae.objectives import Objective, beta_elbo, capacity_elbo
-from pyro_vae.svi import Loss
-from pyro_vae.total_correlation import TotalCorrelationELBO
+from pyro_vae.objectives.bounds import Objective, beta_elbo, capacity_elbo
+from pyro_vae.objectives.total_correlation import TotalCorrelationELBO
+from pyro_vae.pair.annealed import Annealed
 
-__all__ = ["BetaVAE", "BetaVAEOptions"]
+__all__ = ["BetaVAE"]
 
 
 class BetaVAE(VAE):
@@ -75,31 +72,3 @@ class BetaVAE(VAE):
     def total_correlation_elbo(self, num_data: int) -> TotalCorrelationELBO:
         """Return β-TCVAE's loss for this many training data, β on the total correlation alone."""
         return TotalCorrelationELBO(self.beta, num_data)
-
-
-@dataclass(frozen=True)
-class BetaVAEOptions:
-    """β-VAE: a VAE trained for factors that lie apart, by β, a capacity or the total correlation."""
-
-    latent: int = 10
-    """Size of z."""
-    likelihood: LikelihoodName = "discretised-logistic"
-    """Distribution of x given z."""
-    penalty: Literal["divergence", "capacity", "total-correlation"] = "divergence"
-    """What is weighed: the divergence, its distance from a rising capacity, or its total correlation."""
-    weight: float = 4.0
-    """β, the weight of that."""
-    capacity: float = 25.0
-    """Nats that the divergence rises to, where a capacity holds it."""
-    rise: float = 10.0
-    """Epochs that the capacity takes to rise from 0."""
-
-    def build(self, data: DataSet) -> BetaVAE:
-        """Return the pair for a data set."""
-        capacity = Annealed(0.0, self.capacity, self.rise) if self.penalty == "capacity" else None
-        likelihood = make_likelihood(self.likelihood, "scalar", data)
-        return BetaVAE(data.x_shape, StandardNormal(self.latent), likelihood, beta=self.weight, capacity=capacity)
-
-    def loss(self, pair: BetaVAE, num_data: int) -> Loss:
-        """Return the loss that trains the pair."""
-        return pair.total_correlation_elbo(num_data) if self.penalty == "total-correlation" else pair.objective()

@@ -19,23 +19,20 @@ Reference: Jang, Gu and Poole (2017), Categorical reparameterization with Gumbel
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import pyro
 import torch
-from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 
-from pyro_vae.annealing import Annealed
-from pyro_vae.categorical import GumbelSoftmax, OneHotPrior, OneHots
-from pyro_vae.conditionals import Bernoulli, Conditional, Head
-from pyro_vae.data import DataSet
-from pyro_vae.models.options import LikelihoodName, make_likelihood
-from pyro_vae.networks import default_decoder, default_encoder
-from pyro_vae.pair import Pair
+from pyro_vae.conditionals.categorical import GumbelSoftmax, OneHotPrior
+from pyro_vae.conditionals.conditional import Conditional, Head
+from pyro_vae.conditionals.likelihoods import Bernoulli
+from pyro_vae.distributions.one_hot import OneHots
+from pyro_vae.networks.convolutional import default_decoder, default_encoder
+from pyro_vae.pair.pair import Pair
 
-__all__ = ["CategoricalVAE", "CategoricalVAEOptions"]
+__all__ = ["CategoricalVAE"]
 
 
 class CategoricalVAE(Pair):
@@ -103,39 +100,3 @@ class CategoricalVAE(Pair):
         prior = self.prior()
         z = prior.enumerate_support()
         return torch.logsumexp(prior.log_prob(z).unsqueeze(-1) + self.p_x(z.unsqueeze(1)).log_prob(x), 0)
-
-
-@dataclass(frozen=True)
-class CategoricalVAEOptions:
-    """VAE with categorical latents: trained relaxed, straight-through or by the score function."""
-
-    latent: int = 20
-    """Number of categorical variables."""
-    categories: int = 10
-    """Values of each."""
-    likelihood: LikelihoodName = "discretised-logistic"
-    """Distribution of x given z."""
-    gradient: Literal["relaxed", "straight-through", "score-function"] = "relaxed"
-    """Where the guide's gradient comes from."""
-    temperature: float = 1.0
-    """τ of the relaxation at the start."""
-    final_temperature: float = 0.5
-    """τ at the end of its way."""
-    annealing: float = 20.0
-    """Epochs that τ takes to get there, by equal factors."""
-
-    def build(self, data: DataSet) -> CategoricalVAE:
-        """Return the pair for a data set."""
-        prior = OneHotPrior(self.latent, self.categories)
-        return CategoricalVAE(data.x_shape, prior, make_likelihood(self.likelihood, "scalar", data), self.relaxation())
-
-    def relaxation(self) -> GumbelSoftmax | None:
-        """Return what draws are relaxed by, None for the score function."""
-        if self.gradient == "score-function":
-            return None
-        temperature = Annealed(self.temperature, self.final_temperature, self.annealing, geometric=True)
-        return GumbelSoftmax(temperature, straight_through=self.gradient == "straight-through")
-
-    def loss(self, pair: CategoricalVAE, num_data: int) -> Any:
-        """Return the loss that trains the pair."""
-        return Trace_ELBO() if self.gradient == "score-function" else TraceMeanField_ELBO()

@@ -14,22 +14,22 @@ Reference: Im, Ahn, Memisevic and Bengio (2017), Denoising criterion for variati
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import pyro
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.conditionals import Bernoulli, Conditional, DiagonalGaussian, Head, MixtureOfGaussians, StandardNormal
-from pyro_vae.corruptions import BitFlip, GaussianNoise
-from pyro_vae.data import DataSet
-from pyro_vae.distributions import EqualMixture
-from pyro_vae.models.options import LikelihoodName, make_likelihood, make_prior
-from pyro_vae.networks import default_decoder, default_encoder
-from pyro_vae.pair import Pair, evaluation
-from pyro_vae.randomness import own_random_state
+from pyro_vae.conditionals.conditional import Conditional, Head
+from pyro_vae.conditionals.likelihoods import Bernoulli
+from pyro_vae.conditionals.posteriors import DiagonalGaussian
+from pyro_vae.conditionals.priors import MixtureOfGaussians, StandardNormal
+from pyro_vae.distributions.mixtures import EqualMixture
+from pyro_vae.networks.convolutional import default_decoder, default_encoder
+from pyro_vae.pair.modes import evaluation
+from pyro_vae.pair.pair import Pair
+from pyro_vae.runtime.random_state import own_random_state
 
-__all__ = ["DenoisingVAE", "DenoisingVAEOptions"]
+__all__ = ["DenoisingVAE"]
 
 
 class DenoisingVAE(Pair):
@@ -108,25 +108,3 @@ class DenoisingVAE(Pair):
                     f"{name} takes data out of the likelihood's support, {support}: use BitFlip for bits, "
                     "GaussianNoise for real data, or a module of your own that returns a distribution within it"
                 )
-
-
-@dataclass(frozen=True)
-class DenoisingVAEOptions:
-    """Denoising VAE: a guide that mixes over corruptions of the data."""
-
-    latent: int = 20
-    """Size of z."""
-    components: int = 1
-    """Gaussians in the prior; 1 is N(0, I)."""
-    likelihood: LikelihoodName = "gaussian"
-    """Distribution of x given z; GaussianNoise corrupts for a Gaussian one, BitFlip for Bernoulli."""
-    noise: float = 0.1
-    """Standard deviation of the noise, or the probability of a flip."""
-    corruptions: int = 5
-    """Corruptions that the guide mixes over."""
-
-    def build(self, data: DataSet) -> DenoisingVAE:
-        """Return the pair for a data set."""
-        corruption = GaussianNoise(self.noise) if self.likelihood == "gaussian" else BitFlip(self.noise)
-        prior, likelihood = make_prior(self.latent, self.components), make_likelihood(self.likelihood, "scalar", data)
-        return DenoisingVAE(data.x_shape, prior, corruption, likelihood, corruptions=self.corruptions)

@@ -17,21 +17,21 @@ variational inference, UAI.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import pyro
-from pyro.distributions import ConditionalTransformModule, transforms
+from pyro.distributions import transforms
 from torch import Tensor, nn
 
-from pyro_vae.conditionals import Bernoulli, Conditional, Head, MixtureOfGaussians, StandardNormal
-from pyro_vae.data import DataSet
-from pyro_vae.flows import FlowPosterior, FlowPrior, Reversal, Sylvester
-from pyro_vae.models.options import LikelihoodName, make_likelihood
-from pyro_vae.networks import default_decoder, default_encoder
-from pyro_vae.pair import Pair
+from pyro_vae.conditionals.conditional import Conditional, Head
+from pyro_vae.conditionals.flows import FlowPosterior, FlowPrior
+from pyro_vae.conditionals.likelihoods import Bernoulli
+from pyro_vae.conditionals.priors import MixtureOfGaussians, StandardNormal
+from pyro_vae.distributions.flow import Reversal, Sylvester
+from pyro_vae.networks.convolutional import default_decoder, default_encoder
+from pyro_vae.pair.pair import Pair
 
-__all__ = ["FlowName", "FlowVAE", "FlowVAEOptions", "posterior_layers", "prior_layers"]
+__all__ = ["FlowName", "FlowVAE", "PriorName", "posterior_layers", "prior_layers"]
 
 FlowName = Literal["householder", "planar", "sylvester", "autoregressive", "coupling", "spline"]
 PriorName = Literal["normal", "coupling", "autoregressive", "spline"]
@@ -124,32 +124,3 @@ def _layers(make: Callable[[], nn.Module], flow: str, length: int, size: int) ->
         if flow in ("coupling", "spline"):
             layers.append(Reversal(size))
     return layers
-
-
-@dataclass(frozen=True)
-class FlowVAEOptions:
-    """VAE with normalising flows in its guide, its prior, or both."""
-
-    latent: int = 20
-    """Size of z."""
-    flow: FlowName = "planar"
-    """Kind of the guide's flow."""
-    length: int = 2
-    """Number of layers of the guide's flow; 0 leaves a Gaussian."""
-    prior: PriorName = "normal"
-    """Kind of the prior's flow."""
-    prior_length: int = 2
-    """Number of layers of the prior's flow."""
-    context: int = 32
-    """Outputs of the encoder that the guide's flow sees, where its layers can."""
-    likelihood: LikelihoodName = "discretised-logistic"
-    """Distribution of x given z."""
-
-    def build(self, data: DataSet) -> FlowVAE:
-        """Return the pair for a data set."""
-        layers = posterior_layers(self.flow, self.length, self.latent, self.context)
-        seen = any(isinstance(layer, ConditionalTransformModule) for layer in layers)
-        posterior = FlowPosterior(layers, self.context if seen else 0)
-        bent = prior_layers(self.prior, self.prior_length, self.latent)
-        prior = FlowPrior(self.latent, bent) if bent else StandardNormal(self.latent)
-        return FlowVAE(data.x_shape, prior, posterior, make_likelihood(self.likelihood, "scalar", data))

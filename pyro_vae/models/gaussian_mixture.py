@@ -15,8 +15,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_vae.conditionals import MixtureOfGaussians
-from pyro_vae.pair import Pair
+from pyro_vae.conditionals.priors import MixtureOfGaussians
+from pyro_vae.pair.pair import Pair
 
 __all__ = ["GaussianMixture"]
 

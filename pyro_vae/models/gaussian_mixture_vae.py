@@ -15,23 +15,23 @@ to clustering, IJCAI; Dilokthanakul et al. (2016), Deep unsupervised clustering 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.clustering import clustering_accuracy
-from pyro_vae.conditionals import Conditional, DiagonalGaussian, Gaussian, Head, MixtureOfGaussians
-from pyro_vae.data import DataSet
-from pyro_vae.models.options import LikelihoodName, ScaleName, make_likelihood
-from pyro_vae.networks import default_decoder, default_encoder
-from pyro_vae.pair import Pair, device_of, evaluation
-from pyro_vae.randomness import own_random_state
+from pyro_vae.conditionals.conditional import Conditional, Head
+from pyro_vae.conditionals.likelihoods import Gaussian
+from pyro_vae.conditionals.posteriors import DiagonalGaussian
+from pyro_vae.conditionals.priors import MixtureOfGaussians
+from pyro_vae.networks.convolutional import default_decoder, default_encoder
+from pyro_vae.pair.modes import device_of
+from pyro_vae.pair.pair import Pair
+from pyro_vae.runtime.random_state import own_random_state
 
-__all__ = ["GaussianMixtureVAE", "GaussianMixtureVAEOptions"]
+__all__ = ["CHUNK", "GaussianMixtureVAE"]
 
 # No component of a fitted prior is narrower than this share of N(0, I)'s variance: a point would have infinite density.
 SMALLEST_VARIANCE = 1e-3
@@ -133,57 +133,3 @@ class GaussianMixtureVAE(Pair):
         self.prior.logits.copy_(torch.from_numpy(fitted.weights_).log())
         self.prior.means.copy_(torch.from_numpy(fitted.means_))
         self.prior.log_scales.copy_(torch.from_numpy(fitted.covariances_).clamp(min=SMALLEST_VARIANCE).log() / 2)
-
-
-@dataclass(frozen=True)
-class GaussianMixtureVAEOptions:
-    """VAE that clusters: p(c) p(z | c) p(x | z)."""
-
-    latent: int = 10
-    """Size of z."""
-    components: int = 10
-    """Number of clusters."""
-    likelihood: LikelihoodName = "continuous-bernoulli"
-    """Distribution of x given z."""
-    scale: ScaleName = "scalar"
-    """What a Gaussian likelihood's noise is learned for, or that each batch takes its optimum."""
-    start_clusters_after: int = 0
-    """Epochs of training, before those of --epochs, after which the clusters start anew where the data then lie; 0
-    leaves them where they are drawn at random. A warm-up belongs to the epochs before."""
-
-    def build(self, data: DataSet) -> GaussianMixtureVAE:
-        """Return the pair for a data set.
-
-        Raises:
-            ValueError: for a negative number of epochs, and fewer data than clusters.
-        """
-        if self.start_clusters_after < 0:
-            raise ValueError(f"start_clusters_after is {self.start_clusters_after}; it counts epochs, 0 for none")
-        if self.start_clusters_after and len(data.train) < self.components:
-            raise ValueError(f"{self.components} components cannot start at {len(data.train)} training data")
-        likelihood = make_likelihood(self.likelihood, self.scale, data)
-        return GaussianMixtureVAE(data.x_shape, MixtureOfGaussians(self.components, self.latent), likelihood)
-
-    @property
-    def early_epochs(self) -> int:
-        """How many epochs come before :meth:`start`."""
-        return self.start_clusters_after
-
-    def start(self, pair: GaussianMixtureVAE, x: Tensor) -> None:
-        """Start the clusters at the training data."""
-        pair.start_clusters(x)
-
-    def scores(self, pair: GaussianMixtureVAE, data: DataSet) -> Mapping[str, float]:
-        """Return how well the clusters of test data agree with their classes, which training never saw."""
-        if data.test_labels is None:
-            return {}
-        from sklearn.metrics import normalized_mutual_info_score
-
-        with evaluation(pair), own_random_state(0):
-            parts = [pair.responsibilities(x).argmax(-1) for x in data.test.split(CHUNK)]
-        clusters = torch.cat(parts)
-        information = normalized_mutual_info_score(data.test_labels.numpy(), clusters.numpy())
-        return {
-            "clustering accuracy, test data": clustering_accuracy(clusters, data.test_labels),
-            "normalised mutual information with the classes": float(information),
-        }

@@ -18,7 +18,6 @@ Reference: Gatopoulos, Stol and Tomczak (2020), Super-resolution variational aut
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import pyro
@@ -27,24 +26,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
-from pyro_vae.analytic import reconstruction
-from pyro_vae.conditionals import (
-    Conditional,
-    DiagonalGaussian,
-    DiscretisedLogistic,
-    Gaussian,
-    Head,
-    MixtureOfGaussians,
-    StandardNormal,
-)
-from pyro_vae.data import DataSet
-from pyro_vae.divergences import MixtureKL, gaussian_entropy, kl_diagonal, kl_to_prior
-from pyro_vae.models.options import LikelihoodName, ScaleName, levels_of, make_likelihood, make_prior
-from pyro_vae.networks import MLP, default_decoder, default_encoder
-from pyro_vae.pair import Pair
-from pyro_vae.scales import LearnedScale, Scale
+from pyro_vae.conditionals.conditional import Conditional, Head
+from pyro_vae.conditionals.likelihoods import DiscretisedLogistic, Gaussian
+from pyro_vae.conditionals.posteriors import DiagonalGaussian
+from pyro_vae.conditionals.priors import MixtureOfGaussians, StandardNormal
+from pyro_vae.conditionals.scales import LearnedScale, Scale
+from pyro_vae.distributions.kl import MixtureKL, gaussian_entropy, kl_diagonal, kl_to_prior
+from pyro_vae.networks.convolutional import default_decoder, default_encoder
+from pyro_vae.networks.mlp import MLP
+from pyro_vae.objectives.closed_form import reconstruction
+from pyro_vae.pair.pair import Pair
 
-__all__ = ["SRVAE", "SRVAELoss", "SRVAEOptions"]
+__all__ = ["SRVAE", "SRVAELoss", "Transition"]
 
 Transition = Literal["delta", "gaussian", "discretised"]
 
@@ -205,32 +198,6 @@ class SRVAE(Pair):
             u=kl_u.mean(0) if kl_u.dim() > 1 else kl_u,
             z=kl_diagonal(q_z.base_dist.loc, q_z.base_dist.scale, p_z.loc, p_z.scale).mean(0),
         )
-
-
-@dataclass(frozen=True)
-class SRVAEOptions:
-    """Two-stage VAE: p(u) p(y | u) p(z | y, u) p(x | y, z), y a down-scaled x."""
-
-    latent: int = 16
-    """Size of u, and of z."""
-    factor: int = 2
-    """Whole factor by which y is smaller than x."""
-    components: int = 10
-    """Gaussians in the prior on u; 1 is N(0, I)."""
-    transition: Transition = "delta"
-    """Reading of q(y | x); it decides what the bound is a bound on."""
-    likelihood: LikelihoodName = "gaussian"
-    """Distribution of x given y and z."""
-    scale: ScaleName = "scalar"
-    """What a Gaussian likelihood's noise is learned for, or that each batch takes its optimum."""
-
-    def build(self, data: DataSet) -> SRVAE:
-        """Return the pair for a data set."""
-        levels = levels_of(data) if self.transition == "discretised" else None
-        prior = make_prior(self.latent, self.components)
-        likelihood = make_likelihood(self.likelihood, self.scale, data)
-        y_likelihood = make_likelihood("discretised-logistic" if levels else "gaussian", "scalar", data)
-        return SRVAE(data.x_shape, self.factor, prior, self.transition, likelihood, y_likelihood, levels=levels)
 
 
 def _low_resolution(x_shape: tuple[int, ...], scale: int) -> tuple[int, int, int]:

@@ -10,29 +10,21 @@ Reference: Kingma and Welling (2014), Auto-encoding variational Bayes, ICLR.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import pyro
 from torch import Tensor, nn
 
-from pyro_vae.analytic import reconstruction
-from pyro_vae.conditionals import (
-    Conditional,
-    DiagonalGaussian,
-    FullGaussian,
-    Gaussian,
-    Head,
-    MixtureOfGaussians,
-    StandardNormal,
-)
-from pyro_vae.data import DataSet
-from pyro_vae.divergences import MixtureKL, kl_to_prior
-from pyro_vae.models.options import LikelihoodName, ScaleName, make_likelihood, make_prior
-from pyro_vae.networks import default_decoder, default_encoder
-from pyro_vae.pair import Pair
+from pyro_vae.conditionals.conditional import Conditional, Head
+from pyro_vae.conditionals.likelihoods import Gaussian
+from pyro_vae.conditionals.posteriors import DiagonalGaussian
+from pyro_vae.conditionals.priors import MixtureOfGaussians, StandardNormal
+from pyro_vae.distributions.kl import MixtureKL, kl_to_prior
+from pyro_vae.networks.convolutional import default_decoder, default_encoder
+from pyro_vae.objectives.closed_form import reconstruction
+from pyro_vae.pair.pair import Pair
 
-__all__ = ["VAE", "VAELoss", "VAEOptions"]
+__all__ = ["VAE", "VAELoss"]
 
 
 class VAELoss(NamedTuple):
@@ -94,28 +86,6 @@ class VAE(Pair):
         q_z = self.q_z(x, *conditions)
         z = q_z.rsample((num_particles,))
         return VAELoss(reconstruction(self.p_x(z), x).mean(0), kl_to_prior(q_z, self.prior(), mixture_kl))
-
-
-@dataclass(frozen=True)
-class VAEOptions:
-    """One-stage VAE: p(z) p(x | z) with q(z | x)."""
-
-    latent: int = 20
-    """Size of z."""
-    components: int = 1
-    """Gaussians in the prior; 1 is N(0, I)."""
-    likelihood: LikelihoodName = "discretised-logistic"
-    """Distribution of x given z."""
-    scale: ScaleName = "scalar"
-    """What a Gaussian likelihood's noise is learned for, or that each batch takes its optimum."""
-    posterior: Literal["diagonal", "full"] = "diagonal"
-    """Covariance of q(z | x)."""
-
-    def build(self, data: DataSet) -> VAE:
-        """Return the pair for a data set."""
-        posterior = FullGaussian() if self.posterior == "full" else DiagonalGaussian()
-        likelihood = make_likelihood(self.likelihood, self.scale, data)
-        return VAE(data.x_shape, make_prior(self.latent, self.components), likelihood, posterior)
 
 
 def _likelihood(

@@ -12,25 +12,22 @@ here they are free, since a hard bound has no gradient outside.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.analytic import reconstruction
-from pyro_vae.conditionals import Bernoulli, Conditional, DiagonalGaussian, Head
-from pyro_vae.data import DataSet
-from pyro_vae.distributions import GaussianMixture
-from pyro_vae.divergences import MixtureKL, kl_to_prior
-from pyro_vae.models.options import LikelihoodName, make_likelihood
+from pyro_vae.conditionals.conditional import Conditional, Head
+from pyro_vae.conditionals.likelihoods import Bernoulli
+from pyro_vae.conditionals.posteriors import DiagonalGaussian
+from pyro_vae.distributions.kl import MixtureKL, kl_to_prior
+from pyro_vae.distributions.mixtures import GaussianMixture
 from pyro_vae.models.vae import VAELoss
-from pyro_vae.networks import GatedMLP
-from pyro_vae.pair import Pair
+from pyro_vae.networks.mlp import GatedMLP
+from pyro_vae.objectives.closed_form import reconstruction
+from pyro_vae.pair.pair import Pair
 
-__all__ = ["VampPriorVAE", "VampPriorVAEOptions"]
+__all__ = ["VampPriorVAE", "starting_pseudo_inputs"]
 
 # Pseudo-inputs that begin as one and the same datum would have one gradient, and stay the same.
 JITTER = 0.01
@@ -102,29 +99,6 @@ class VampPriorVAE(Pair):
         q_z = self.q_z(x)
         z = q_z.rsample((num_particles,))
         return VAELoss(reconstruction(self.p_x(z), x).mean(0), kl_to_prior(q_z, self.prior(), mixture_kl))
-
-
-@dataclass(frozen=True)
-class VampPriorVAEOptions:
-    """VAE with a VampPrior: p(z) mixes the guide's posteriors at learned pseudo-inputs."""
-
-    latent: int = 20
-    """Size of z."""
-    pseudo_inputs: int = 50
-    """Number of pseudo-inputs, begun at training data drawn at random."""
-    hidden: int = 100
-    """Width of the two gated layers of encoder and decoder."""
-    likelihood: LikelihoodName = "discretised-logistic"
-    """Distribution of x given z."""
-
-    def build(self, data: DataSet) -> VampPriorVAE:
-        """Return the pair for a data set."""
-        start = starting_pseudo_inputs(data.train, self.pseudo_inputs)
-        likelihood = make_likelihood(self.likelihood, "scalar", data)
-        hidden: Sequence[int] = (self.hidden, self.hidden)
-        encoder = GatedMLP([data.x_shape], 2 * self.latent, hidden)
-        decoder = GatedMLP([(self.latent,)], likelihood.num_outputs(data.x_shape), hidden)
-        return VampPriorVAE(start, self.latent, likelihood, encoder=encoder, decoder=decoder)
 
 
 def starting_pseudo_inputs(train: Tensor, count: int) -> Tensor:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import pyro_vae as pv
+from pyro_vae.cli.recipes.beta_vae import BetaVAEOptions
 from pyro_vae.models import VAE, BetaVAE
-from pyro_vae.models.beta_vae import BetaVAEOptions
-from pyro_vae.objectives import capacity_elbo, elbo
-from pyro_vae.pair import LogTerms
-from pyro_vae.svi import check_loss
+from pyro_vae.objectives.bounds import capacity_elbo, elbo
+from pyro_vae.objectives.loss import check_loss
+from pyro_vae.pair.terms import LogTerms
 
 # Sums of a few dozen terms of order ten in float64.
 ROUNDING = {"rtol": 1e-10, "atol": 1e-10}

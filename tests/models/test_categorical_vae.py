@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 import pyro_vae as pv
-from pyro_vae.categorical import OneHots, RelaxedOneHots
+from pyro_vae.cli.recipes.categorical_vae import CategoricalVAEOptions
 from pyro_vae.data import DataSet
-from pyro_vae.models import CategoricalVAE, CategoricalVAEOptions
-from pyro_vae.objectives import elbo
-from pyro_vae.svi import check_loss
+from pyro_vae.distributions.one_hot import OneHots, RelaxedOneHots
+from pyro_vae.models import CategoricalVAE
+from pyro_vae.objectives.bounds import elbo
+from pyro_vae.objectives.loss import check_loss
 
 # Sums of a few hundred terms of order ten in float64.
 ROUNDING = {"rtol": 1e-10, "atol": 1e-10}

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 import pyro_vae as pv
-from pyro_vae.conditionals import Head
-from pyro_vae.distributions import EqualMixture
+from pyro_vae.conditionals.conditional import Head
+from pyro_vae.distributions.mixtures import EqualMixture
 from pyro_vae.models import VAE, DenoisingVAE, LinearGaussianVAE
 
 # Sums of a few dozen terms of order ten in float64.

@@ -12,8 +12,8 @@ from torch import Tensor
 
 import pyro_vae as pv
 from pyro_vae.models import VAE, GaussianMixtureVAE
-from pyro_vae.pair import sample_sites
-from pyro_vae.randomness import own_random_state
+from pyro_vae.pair.trace import sample_sites
+from pyro_vae.runtime.random_state import own_random_state
 from pyro_vae.testing import PairContract
 
 # The same sums in another order: a few hundred roundings.

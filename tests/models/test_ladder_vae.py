@@ -12,13 +12,14 @@ from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae.conditionals import SMALLEST_GUIDE_SCALE
-from pyro_vae.exact import linear_gaussian_log_likelihood
-from pyro_vae.figures import latent_map
-from pyro_vae.models import VAE, LadderVAE, LadderVAEOptions
+from pyro_vae.cli.recipes.ladder_vae import LadderVAEOptions
+from pyro_vae.conditionals.posteriors import SMALLEST_GUIDE_SCALE
+from pyro_vae.distributions.linear_gaussian import linear_gaussian_log_likelihood
+from pyro_vae.models import VAE, LadderVAE
 from pyro_vae.models.ladder_vae import merged
-from pyro_vae.objectives import elbo, free_bits
-from pyro_vae.pair import LogTerms, SiteTerms
+from pyro_vae.objectives.bounds import elbo, free_bits
+from pyro_vae.pair.terms import LogTerms, SiteTerms
+from pyro_vae.report.figures import latent_map
 from pyro_vae.testing import PairContract
 
 # Sums of a few dozen terms of order one: rounding stays far below 1e-10.

@@ -12,10 +12,10 @@ from pyro import poutine
 from torch import Tensor
 
 import pyro_vae as pv
-from pyro_vae.conditionals import SMALLEST_GUIDE_SCALE
+from pyro_vae.conditionals.posteriors import SMALLEST_GUIDE_SCALE
 from pyro_vae.models import SRVAE, LinearGaussianMixtureVAE, LinearTwoStageVAE
-from pyro_vae.networks import MLP
-from pyro_vae.pair import trace_pair
+from pyro_vae.networks.mlp import MLP
+from pyro_vae.pair.trace import trace_pair
 from pyro_vae.testing import PairContract
 
 # Cholesky factors of small, well-conditioned matrices: rounding stays below 1e-11 relative.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae.conditionals import SMALLEST_GUIDE_SCALE
+from pyro_vae.conditionals.posteriors import SMALLEST_GUIDE_SCALE
 from pyro_vae.models import VAE, LinearGaussianMixtureVAE, LinearGaussianVAE
 from pyro_vae.testing import PairContract
 

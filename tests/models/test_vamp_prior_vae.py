@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae.conditionals import SMALLEST_GUIDE_SCALE
-from pyro_vae.exact import condition_gaussian
-from pyro_vae.memory import _peak_memory
-from pyro_vae.models import VAE, VampPriorVAE, VampPriorVAEOptions
-from pyro_vae.networks import GatedMLP
-from pyro_vae.objectives import iwae
+from pyro_vae.cli.recipes.vamp_prior_vae import VampPriorVAEOptions
+from pyro_vae.conditionals.posteriors import SMALLEST_GUIDE_SCALE
+from pyro_vae.distributions.linear_gaussian import condition_gaussian
+from pyro_vae.models import VAE, VampPriorVAE
+from pyro_vae.networks.mlp import GatedMLP
+from pyro_vae.objectives.bounds import iwae
+from pyro_vae.runtime.memory import _peak_memory
 from pyro_vae.testing import PairContract
 
 # Sums of a few dozen terms of order one: rounding stays far below 1e-10.

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 import pyro_vae as pv
-from pyro_vae.graphs import BalancedGraphLoss, InnerProductGraph
+from pyro_vae.distributions.graph import InnerProductGraph
 from pyro_vae.models import VGAE
+from pyro_vae.objectives.graph import BalancedGraphLoss
 from pyro_vae.testing import PairContract
 
 

@@ -1,0 +1,1 @@
+"""Record a Pyro program once, compile it, replay it."""

@@ -1,0 +1,43 @@
+"""How the command line builds and trains a β-VAE."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pyro_vae.cli.recipes.common import LikelihoodName, make_likelihood
+from pyro_vae.conditionals.priors import StandardNormal
+from pyro_vae.data import DataSet
+from pyro_vae.models.beta_vae import BetaVAE
+from pyro_vae.objectives.loss import Loss
+from pyro_vae.pair.annealed import Annealed
+
+__all__ = ["BetaVAEOptions"]
+
+
+@dataclass(frozen=True)
+class BetaVAEOptions:
+    """β-VAE: a VAE trained for factors that lie apart, by β, a capacity or the total correlation."""
+
+    latent: int = 10
+    """Size of z."""
+    likelihood: LikelihoodName = "discretised-logistic"
+    """Distribution of x given z."""
+    penalty: Literal["divergence", "capacity", "total-correlation"] = "divergence"
+    """What is weighed: the divergence, its distance from a rising capacity, or its total correlation."""
+    weight: float = 4.0
+    """β, the weight of that."""
+    capacity: float = 25.0
+    """Nats that the divergence rises to, where a capacity holds it."""
+    rise: float = 10.0
+    """Epochs that the capacity takes to rise from 0."""
+
+    def build(self, data: DataSet) -> BetaVAE:
+        """Return the pair for a data set."""
+        capacity = Annealed(0.0, self.capacity, self.rise) if self.penalty == "capacity" else None
+        likelihood = make_likelihood(self.likelihood, "scalar", data)
+        return BetaVAE(data.x_shape, StandardNormal(self.latent), likelihood, beta=self.weight, capacity=capacity)
+
+    def loss(self, pair: BetaVAE, num_data: int) -> Loss:
+        """Return the loss that trains the pair."""
+        return pair.total_correlation_elbo(num_data) if self.penalty == "total-correlation" else pair.objective()

@@ -1,0 +1,58 @@
+"""How the command line builds and trains this model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import cast
+
+from pyro_vae.cli.recipes.common import LikelihoodName, make_likelihood
+from pyro_vae.data import DataSet
+from pyro_vae.models.ladder_vae import LadderVAE
+from pyro_vae.objectives.bounds import Objective, free_bits
+from pyro_vae.pair.annealed import Annealed
+
+__all__ = ["LadderVAEOptions"]
+
+
+@dataclass(frozen=True)
+class LadderVAEOptions:
+    """Ladder VAE: a hierarchy of latents whose guide merges data and model at each layer."""
+
+    layers: int = 3
+    """Number of stochastic layers."""
+    latent: int = 16
+    """Size of z next to the data; each layer above it has half as many, at least 2."""
+    likelihood: LikelihoodName = "discretised-logistic"
+    """Distribution of x given z."""
+    batch_norm: bool = False
+    """Normalise the networks between layers by batches, after which fewer upper layers fall idle under --warmup."""
+    free_bits: float = 0.0
+    """Nats that each layer's divergence has for free in training; 0 trains on the ELBO."""
+    rise: float = 0.0
+    """Epochs over which β rises from 0 under free bits, which --warmup does not weigh."""
+
+    def build(self, data: DataSet) -> LadderVAE:
+        """Return the pair for a data set."""
+        sizes = [self.latent, *(max(self.latent >> layer, 2) for layer in range(1, self.layers))]
+        if self.layers < 1:
+            raise ValueError(f"layers is {self.layers}; a ladder has at least 1")
+        if self.batch_norm and self.layers == 1:
+            raise ValueError("batch_norm normalises the networks between layers, of which 1 layer has none")
+        if not 0 <= self.rise < math.inf:
+            raise ValueError(f"rise is {self.rise}; it counts epochs and must be finite and at least 0")
+        if self.rise and not self.free_bits:
+            raise ValueError(f"rise is {self.rise}, but there are no free bits: use --warmup, which weighs the ELBO")
+        pair = LadderVAE(
+            data.x_shape, sizes, make_likelihood(self.likelihood, "scalar", data), batch_norm=self.batch_norm
+        )
+        if self.rise:
+            # A module of the pair's, so that training moves it and a checkpoint keeps it.
+            pair.beta = Annealed(0.0, 1.0, self.rise)
+        return pair
+
+    def loss(self, pair: LadderVAE, num_data: int) -> Objective | None:
+        """Return the objective that trains the pair, None for any loss of the user's."""
+        if not self.free_bits:
+            return None
+        return free_bits(self.free_bits, cast(Annealed, pair.beta) if self.rise else 1.0)

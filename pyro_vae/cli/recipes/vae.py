@@ -1,0 +1,35 @@
+"""How the command line builds and trains this model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pyro_vae.cli.recipes.common import LikelihoodName, ScaleName, make_likelihood, make_prior
+from pyro_vae.conditionals.posteriors import DiagonalGaussian, FullGaussian
+from pyro_vae.data import DataSet
+from pyro_vae.models.vae import VAE
+
+__all__ = ["VAEOptions"]
+
+
+@dataclass(frozen=True)
+class VAEOptions:
+    """One-stage VAE: p(z) p(x | z) with q(z | x)."""
+
+    latent: int = 20
+    """Size of z."""
+    components: int = 1
+    """Gaussians in the prior; 1 is N(0, I)."""
+    likelihood: LikelihoodName = "discretised-logistic"
+    """Distribution of x given z."""
+    scale: ScaleName = "scalar"
+    """What a Gaussian likelihood's noise is learned for, or that each batch takes its optimum."""
+    posterior: Literal["diagonal", "full"] = "diagonal"
+    """Covariance of q(z | x)."""
+
+    def build(self, data: DataSet) -> VAE:
+        """Return the pair for a data set."""
+        posterior = FullGaussian() if self.posterior == "full" else DiagonalGaussian()
+        likelihood = make_likelihood(self.likelihood, self.scale, data)
+        return VAE(data.x_shape, make_prior(self.latent, self.components), likelihood, posterior)

@@ -1,0 +1,1 @@
+"""Modules that return distributions: priors, likelihoods, posteriors."""

@@ -1,0 +1,1 @@
+"""What the latents of a trained pair carry, and where a bound is lost."""

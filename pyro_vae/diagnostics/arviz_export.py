@@ -1,0 +1,352 @@
+"""What ArviZ reads: a pair's latents, weights, predictions and data with named dimensions, and models to compare."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from pyro import poutine
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from pyro_vae._version import __version__
+from pyro_vae.likelihood.estimate import LogLikelihood, quantity_of
+from pyro_vae.likelihood.psis import trust_threshold
+from pyro_vae.likelihood.weights import WeightStream, WeightSummary
+from pyro_vae.pair.checks import check_batch, check_support
+from pyro_vae.pair.modes import device_of, evaluation, to_pair
+from pyro_vae.pair.pair import Pair
+from pyro_vae.pair.terms import sum_terms
+from pyro_vae.pair.trace import particle_dim, particle_plate, point_masses, sample_sites, trace_pair, whole_value
+from pyro_vae.runtime.memory import MEBIBYTE, chunk_sizes
+from pyro_vae.runtime.random_state import own_random_state
+
+__all__ = ["to_arviz", "to_elpd"]
+
+# An event of three axes is an image, as everywhere in the package.
+IMAGE_AXES = ("channel", "row", "column")
+
+
+def to_arviz(
+    pair: Pair,
+    *batch: Tensor,
+    num_particles: int = 1000,
+    num_draws: int = 500,
+    memory: int = 512 * MEBIBYTE,
+    seed: int | None = None,
+) -> Any:
+    """Draw each datum's latents from its posterior and hand them to ArviZ, with their weights and predictions.
+
+    z_k ~ q(z | x), k = 1 … K;   draws are particles resampled with probabilities w_k / Σ w, w_k = p(x, z_k)/q(z_k | x)
+
+    ``posterior`` therefore follows p(z | x), and not the guide, wherever the weights are reliable: see each datum's
+    ``pareto_k`` in ``sample_stats`` (trusted up to ``pareto_k_threshold``). Resampling is systematic: under equal
+    weights no particle is drawn twice. Draws keep the order of their particles, so that one that is drawn often shows
+    as autocorrelation, which ArviZ's ``ess`` and ``mcse`` count. Where the guide fixes a site to a point mass the
+    posterior is that of the other latents given the fixed one, which is found in ``constant_data``.
+
+    ``log_likelihood`` holds the estimate of log p(x_i), with the latents integrated out, equal for all draws. It is
+    what ``loo`` needs: given the parameters the data are independent, and p(x_i | all other data) is p(x_i). Of
+    log p(x_i | z_i) at the datum's own latents, ``loo`` would make the harmonic mean of likelihoods, whose variance is
+    infinite as soon as x_i tells as much about z_i as its prior does. The parameters are taken as known, so that only
+    data they were not fitted to say how a model predicts. Compare models through :func:`to_elpd`; called on what is
+    returned here, ArviZ's ``loo`` gives the same sum, but takes equal weights for a tail: it reports k̂ = ∞, or from
+    ArviZ 1 on refuses.
+
+    Args:
+        pair: any pair.
+        batch: ``x`` (B, …) and the pair's conditions.
+        num_particles: K, draws of the guide per datum.
+        num_draws: S, draws of the posterior per datum, at most K.
+        memory: bytes that the tensors of a chunk may take, as in :func:`~pyro_vae.log_likelihood`; what is returned
+            comes on top.
+        seed: of the draws; fresh entropy without one.
+
+    Returns:
+        An ``arviz.InferenceData``, with ArviZ 1 an ``xarray.DataTree``, of one chain. Dimensions are ``chain`` (1),
+        ``draw`` (S), ``datum`` (B), and a site's own: ``z_dim_0`` for a vector, ``x_channel``, ``x_row``, ``x_column``
+        for an image. Its groups:
+
+        * ``posterior``: each latent site;
+        * ``posterior_predictive``: x drawn anew at each draw of the latents;
+        * ``log_likelihood``: log p(x), in nats, or what else the attribute ``quantity`` says;
+        * ``sample_stats``: ``log_weights`` (particle_index, datum) in nats; ``particle`` (chain, draw, datum), the
+          index of the one that a draw is; per datum ``pareto_k``, ``ess`` and ``standard_error`` (of log p(x), nats);
+        * ``observed_data``, and ``constant_data`` for conditions and fixed sites where there are any.
+
+    Raises:
+        ValueError: for bad data, S outside 1 … K, and data that no particle explains.
+
+    Reference:
+        Kumar, Carroll, Hartikainen and Martin (2019), ArviZ, JOSS 4; Vehtari, Gelman and Gabry (2017), Practical
+        Bayesian model evaluation using leave-one-out cross-validation and WAIC, Statistics and Computing 27; Neal
+        (2008), The harmonic mean of the likelihood.
+
+    >>> import pyro_vae as pv
+    >>> data = to_arviz(pv.models.LinearGaussianVAE(4, 2), torch.zeros(3, 4), num_particles=50, num_draws=20)
+    >>> dict(data.posterior["z"].sizes)
+    {'chain': 1, 'draw': 20, 'datum': 3, 'z_dim_0': 2}
+    """
+    check_batch(pair, batch)
+    check_support(pair, batch, "x")
+    if not 1 <= num_draws <= num_particles:
+        raise ValueError(
+            f"num_draws is {num_draws}, num_particles {num_particles}: draws are taken among the particles, at least "
+            "one and no more than there are"
+        )
+    device, batch = device_of(pair), to_pair(pair, batch)
+    quantity = quantity_of(pair, *batch)
+    with evaluation(pair), torch.inference_mode(False), torch.no_grad(), own_random_state(seed, device):
+        exporter = _Exporter(pair, num_particles, num_draws)
+        data, exporter.chunk = chunk_sizes(exporter.propose, batch, num_particles, memory)
+        parts = []
+        for rows in torch.arange(len(batch[0]), device=device).split(data):
+            parts.append(exporter.export(tuple(tensor[rows] for tensor in batch), int(rows[0])))
+    return _assemble(_groups(parts, batch[1:], num_particles, quantity))
+
+
+def to_elpd(log_likelihood: LogLikelihood) -> Any:
+    """Hand held-out log-likelihoods to ArviZ's ``compare`` and ``plot_khat``, as an expected log predictive density.
+
+    elpd = Σ_i log p(x_i),   standard error √(B Var_i log p(x_i));   of two models' difference by its paired terms
+
+    With the parameters known and latents of its own for every datum, leaving a datum out changes nothing about the
+    others: its leave-one-out predictive density is p(x_i), the effective number of parameters 0. The k̂ reported is
+    that of the importance weights behind each log p(x_i). Monte Carlo errors are not part of ArviZ's standard errors;
+    see ``LogLikelihood.mean_monte_carlo_error``.
+
+    Args:
+        log_likelihood: of data that the parameters were not fitted to; the same data, in the same order, for all
+            models that are to be compared.
+
+    Returns:
+        ArviZ's ``ELPDData``. One that was made from a lower bound on log p(x) can only be better than it says.
+
+    Raises:
+        ValueError: for a joint density such as "log p(x, y)", which is no density of x.
+
+    >>> import pyro_vae as pv
+    >>> pair = pv.models.LinearGaussianVAE(4, 2)
+    >>> elpd = to_elpd(pv.log_likelihood(pair, torch.zeros(3, 4), num_particles=50))
+    >>> elpd.n_data_points
+    3
+    """
+    import xarray
+
+    if not log_likelihood.quantity.endswith("log p(x)"):
+        raise ValueError(
+            f"this is {log_likelihood.quantity}; models are compared by log p(x), which a point mass on a continuous "
+            "site does not give: give the guide a density there"
+        )
+    terms = log_likelihood.per_datum.double().numpy()
+    pareto_k = log_likelihood.pareto_k.numpy()
+    fields = {
+        "se": float(np.sqrt(len(terms) * terms.var())),
+        "n_samples": log_likelihood.num_particles,
+        "n_data_points": len(terms),
+        "warning": bool((pareto_k > log_likelihood.threshold).any()),
+        "pareto_k": xarray.DataArray(pareto_k, dims="datum"),
+        "scale": "log",
+        "good_k": log_likelihood.threshold,
+    }
+    return _elpd_data(float(terms.sum()), xarray.DataArray(terms, dims="datum", name="loo_i"), fields)
+
+
+class _Named(NamedTuple):
+    """A tensor with its axes' names, "datum" among them."""
+
+    value: Tensor
+    dims: tuple[str, ...]
+
+
+class _Part(NamedTuple):
+    """What b data contribute: tensors by site, log-weights (K, b), the particle that each draw is (S, b)."""
+
+    posterior: dict[str, _Named]
+    predictive: dict[str, _Named]
+    observed: dict[str, _Named]
+    fixed: dict[str, _Named]
+    log_weights: Tensor
+    particle: Tensor
+    summary: WeightSummary
+
+
+class _Exporter:
+    """Draws particles of the guide, resamples them and predicts from them, ``chunk`` at a time."""
+
+    def __init__(self, pair: Pair, num_particles: int, num_draws: int) -> None:
+        self.pair, self.num_particles, self.num_draws, self.chunk = pair, num_particles, num_draws, 1
+
+    def propose(self, batch: tuple[Tensor, ...], size: int) -> tuple[Trace, Trace, Tensor]:
+        """Return the guide's trace, the model's, and log-weights (size, b)."""
+        guide, model = trace_pair(self.pair, *batch, num_particles=size)
+        return guide, model, sum_terms(guide, model, particle_dim(self.pair)).log_weights
+
+    def export(self, batch: tuple[Tensor, ...], first: int) -> _Part:
+        """Return everything about some data, the first of which has this index among all."""
+        stream = WeightStream(len(batch[0]), self.num_particles, batch[0].device)
+        values: dict[str, list[Tensor]] = {}
+        parts = []
+        for size in self._chunks(self.num_particles):
+            guide, model, weights = self.propose(batch, size)
+            stream.add(weights)
+            parts.append(weights.double())
+            for name, site in sample_sites(guide).items():
+                values.setdefault(name, []).append(whole_value(site))
+        summary = stream.summary()
+        if (bad := ~torch.isfinite(summary.log_mean)).any():
+            raise ValueError(
+                f"all {self.num_particles} weights of datum {first + int(bad.nonzero()[0])} are zero, infinite or NaN: "
+                "no draw of the guide explains it; pv.log_likelihood on that datum alone says what is wrong"
+            )
+        log_weights = torch.cat(parts)
+        particle = _resample(log_weights, self.num_draws)
+        sites, fixed = sample_sites(guide), point_masses(guide)
+        draws = {name: _take(torch.cat(values[name]), particle, _axes(site)) for name, site in sites.items()}
+        return _Part(
+            {name: _named(draws[name], sites[name]) for name in draws if name not in fixed},
+            self._predict(batch, draws),
+            {name: _named(site["value"], site) for name, site in sample_sites(model).items() if site["is_observed"]},
+            {name: _named(draws[name][0], sites[name]) for name in draws if name in fixed},
+            log_weights,
+            particle,
+            summary,
+        )
+
+    def _chunks(self, total: int) -> list[int]:
+        return [min(self.chunk, total - start) for start in range(0, total, self.chunk)]
+
+    def _predict(self, batch: tuple[Tensor, ...], draws: dict[str, Tensor]) -> dict[str, _Named]:
+        """Draw what is observed anew, given the latents."""
+        found: dict[str, list[Tensor]] = {}
+        start = 0
+        for size in self._chunks(self.num_draws):
+            some = {name: value[start : start + size] for name, value in draws.items()}
+            model = poutine.condition(poutine.uncondition(type(self.pair).model), data=some)
+            with particle_plate(self.pair, size):
+                sites = sample_sites(poutine.trace(model).get_trace(self.pair, *batch))
+            for name in sites.keys() - draws.keys():
+                found.setdefault(name, []).append(whole_value(sites[name]))
+            start += size
+        return {name: _named(torch.cat(parts), sites[name]) for name, parts in found.items()}
+
+
+def _resample(log_weights: Tensor, num_draws: int) -> Tensor:
+    """Return which particle each draw is, (S, B), from log-weights (K, B): systematic, one offset for each datum."""
+    cumulative = log_weights.softmax(0).cumsum(0)
+    steps = torch.arange(num_draws, dtype=cumulative.dtype, device=cumulative.device).unsqueeze(-1)
+    offset = torch.rand(cumulative.shape[1], dtype=cumulative.dtype, device=cumulative.device)
+    # Scaled to the sum as rounding left it, so that every point lies below the last particle's end.
+    points = (steps + offset) / num_draws * cumulative[-1]
+    found = torch.searchsorted(cumulative.mT.contiguous(), points.mT.contiguous(), right=True).mT
+    return found.clamp(max=len(cumulative) - 1)
+
+
+def _take(particles: Tensor, chosen: Tensor, axes: tuple[str | None, ...]) -> Tensor:
+    """Return the chosen particles (S, B) of each datum, laid out as the particles are."""
+    datum = axes.index("datum")
+    by_datum = particles.movedim(datum, 1)
+    return by_datum[chosen, torch.arange(by_datum.shape[1], device=chosen.device)].movedim(1, datum)
+
+
+def _axes(site: Any) -> tuple[str | None, ...]:
+    """Return the names of a site's axes with all its plates, None for one that it does not vary along."""
+    plates = {frame.dim: frame.name for frame in site["cond_indep_stack"] if frame.dim is not None}
+    names = {"particles": "draw", "data": "datum"}
+    batch = [names.get(plates[dim], plates[dim]) if dim in plates else None for dim in range(min(plates), 0)]
+    count = len(site["fn"].event_shape)
+    event = IMAGE_AXES if count == 3 else [f"dim_{i}" for i in range(count)]
+    return (*batch, *(f"{site['name']}_{axis}" for axis in event))
+
+
+def _named(value: Tensor, site: Any) -> _Named:
+    # What is observed or fixed has no axis of draws, the leftmost.
+    axes = _axes(site)[-value.dim() :]
+    idle = tuple(i for i, axis in enumerate(axes) if axis is None)
+    return _Named(value.squeeze(idle), tuple(axis for axis in axes if axis is not None))
+
+
+def _groups(parts: list[_Part], conditions: tuple[Tensor, ...], num_particles: int, quantity: str) -> dict[str, Any]:
+    """Return ArviZ's groups as data sets, all data side by side."""
+    import xarray
+
+    def joined(select: str) -> dict[str, Any]:
+        sites = {}
+        for name, (_, dims) in getattr(parts[0], select).items():
+            whole = torch.cat([getattr(part, select)[name].value for part in parts], dims.index("datum")).cpu().numpy()
+            sites[name] = (("chain", *dims), whole[None]) if dims[0] == "draw" else (dims, whole)
+        return sites
+
+    summary = WeightSummary(*(torch.cat(fields, -1) for fields in zip(*(part.summary for part in parts), strict=True)))
+    particle = torch.cat([part.particle for part in parts], 1).cpu().numpy()
+    log_weights = torch.cat([part.log_weights for part in parts], 1).cpu().numpy()
+    observed, constant = joined("observed"), joined("fixed")
+    for i, condition in enumerate(conditions):
+        axes = (f"condition_{i}_dim_{j}" for j in range(condition.dim() - 1))
+        constant[f"condition_{i}"] = (("datum", *axes), condition.cpu().numpy())
+    marginal = np.broadcast_to(summary.log_mean.numpy(), (1, *particle.shape))
+    groups = {
+        "posterior": joined("posterior"),
+        "posterior_predictive": joined("predictive"),
+        "log_likelihood": {next(iter(observed)): (("chain", "draw", "datum"), marginal)},
+        "sample_stats": {
+            "log_weights": (("particle_index", "datum"), log_weights),
+            "particle": (("chain", "draw", "datum"), particle[None]),
+            "pareto_k": ("datum", summary.pareto_k.numpy()),
+            "ess": ("datum", summary.ess.numpy()),
+            "standard_error": ("datum", summary.standard_error.numpy()),
+        },
+        "observed_data": observed,
+        "constant_data": constant,
+    }
+    attributes = {
+        "inference_library": "pyro_vae",
+        "inference_library_version": __version__,
+        "quantity": quantity,
+        "num_particles": num_particles,
+        "pareto_k_threshold": trust_threshold(num_particles),
+    }
+    sets = {name: xarray.Dataset(variables, attrs=attributes) for name, variables in groups.items() if variables}
+    return {
+        name: group.assign_coords({dim: np.arange(n) for dim, n in group.sizes.items()}) for name, group in sets.items()
+    }
+
+
+def _assemble(groups: dict[str, Any]) -> Any:
+    """Return data sets by group as the container of the ArviZ that is installed."""
+    arviz = _arviz()
+    if _is_old(arviz):
+        return arviz.InferenceData(**groups)
+    import xarray
+
+    return xarray.DataTree.from_dict(groups)
+
+
+def _elpd_data(elpd: float, terms: Any, fields: dict[str, Any]) -> Any:
+    """Return the ELPDData of the ArviZ that is installed."""
+    if _is_old(_arviz()):
+        from arviz.stats.stats_utils import ELPDData
+
+        # Its printed form reads the first three entries by position.
+        se = fields.pop("se")
+        return ELPDData({"elpd_loo": elpd, "se": se, "p_loo": 0.0, "loo_i": terms, **fields})
+    from arviz_stats import utils
+
+    if hasattr(utils, "ELPDDataLOO"):
+        return utils.ELPDDataLOO(elpd=elpd, p=0.0, elpd_i=terms, **fields)
+    return utils.ELPDData(kind="loo", elpd=elpd, p=0.0, elpd_i=terms, **fields)
+
+
+def _arviz() -> Any:
+    with warnings.catch_warnings():
+        # ArviZ 0.23 announces its successor when it is imported.
+        warnings.simplefilter("ignore", FutureWarning)
+        import arviz
+    return arviz
+
+
+def _is_old(arviz: Any) -> bool:
+    # Not by name: ArviZ 1 has an InferenceData too, which is xarray's DataTree.
+    return arviz.__version__.startswith("0.")

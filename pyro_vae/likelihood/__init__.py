@@ -1,0 +1,1 @@
+"""log p(x) with its error: importance sampling and its diagnostics."""

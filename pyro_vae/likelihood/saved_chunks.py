@@ -1,0 +1,90 @@
+"""Finished chunks of an evaluation, kept in a run folder so that an interrupted one goes on where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from pyro_vae._version import __version__
+from pyro_vae.likelihood.weights import WeightSummary
+from pyro_vae.pair.pair import Pair
+from pyro_vae.runtime.files import write_whole
+
+__all__ = ["KeptChunks", "evaluation_key"]
+
+FORMAT = "pyro_vae log-likelihood chunk"
+
+
+def evaluation_key(pair: Pair, batch: tuple[Tensor, ...], probe: Tensor, settings: tuple[str | int, ...]) -> str:
+    """Return a hash of all that an evaluation's numbers depend on.
+
+    That is the pair's class, parameters and buffers, the data, the settings, and ``probe``, a few log-weights from a
+    fixed seed, which tell two programs apart whose parameters are the same.
+    """
+    digest = hashlib.sha256(repr((__version__, type(pair).__qualname__, *settings)).encode())
+    named: Iterable[tuple[str, Tensor]] = [
+        *pair.state_dict().items(),
+        *((f"batch {i}", tensor) for i, tensor in enumerate(batch)),
+        ("probe", probe),
+    ]
+    for name, tensor in named:
+        digest.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(flat.numpy().data)
+    return digest.hexdigest()
+
+
+class KeptChunks:
+    """Chunks of one evaluation in ``run_dir/log_likelihood/KEY``; those of another lie in folders of their own.
+
+    Args:
+        run_dir: the run folder.
+        key: of the evaluation, as :func:`evaluation_key` makes it.
+        num_particles: K, which sets the shapes.
+    """
+
+    def __init__(self, run_dir: Path, key: str, num_particles: int) -> None:
+        self.folder, self.key, self.num_particles = run_dir / "log_likelihood" / key[:16], key, num_particles
+
+    def _path(self, rows: range) -> Path:
+        return self.folder / f"{rows.start:08d}.safetensors"
+
+    def read(self, rows: range) -> WeightSummary | None:
+        """Return what is kept of these data, None where nothing is.
+
+        Raises:
+            ValueError: for a damaged file, or one that belongs to something else.
+        """
+        path = self._path(rows)
+        if not path.exists():
+            return None
+        mend = "delete it, and these data are evaluated again"
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                fields = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator of its own)
+        except (safetensors.SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is damaged, or no safetensors file ({error}): {mend}") from error
+        if metadata.get("format") != FORMAT or metadata.get("key") != self.key:
+            raise ValueError(f"{path} was not written by this evaluation: {mend}")
+        levels = self.num_particles.bit_length()
+        shapes = {name: (levels, len(rows)) if "curve" in name else (len(rows),) for name in WeightSummary._fields}
+        found = {name: tuple(tensor.shape) for name, tensor in fields.items()}
+        if metadata.get("rows") != _named(rows) or found != shapes:
+            raise ValueError(f"{path} holds other data than {_named(rows)}: {mend}")
+        return WeightSummary(**fields)
+
+    def write(self, rows: range, summary: WeightSummary) -> None:
+        """Keep what was found of these data; the file is written whole or not at all."""
+        tensors = {name: tensor.contiguous() for name, tensor in summary._asdict().items()}
+        metadata = {"format": FORMAT, "key": self.key, "rows": _named(rows)}
+        write_whole(self._path(rows), lambda path: safetensors.torch.save_file(tensors, path, metadata))
+
+
+def _named(rows: range) -> str:
+    return f"{rows.start} to {rows.stop - 1}"

@@ -1,0 +1,16 @@
+"""Networks that conditionals are made of."""
+
+from pyro_vae.networks.convolutional import ConvDecoder, ConvEncoder, default_decoder, default_encoder
+from pyro_vae.networks.graph import GraphConvolutions
+from pyro_vae.networks.mlp import MLP, GatedMLP, flatten_inputs
+
+__all__ = [
+    "MLP",
+    "ConvDecoder",
+    "ConvEncoder",
+    "GatedMLP",
+    "GraphConvolutions",
+    "default_decoder",
+    "default_encoder",
+    "flatten_inputs",
+]

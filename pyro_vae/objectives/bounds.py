@@ -1,0 +1,232 @@
+"""What training maximises: functions of :class:`~pyro_vae.pair.LogTerms`, per datum, in nats."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from pyro_vae.pair.annealed import Annealed
+from pyro_vae.pair.terms import LogTerms
+
+__all__ = ["Objective", "beta_elbo", "capacity_elbo", "elbo", "free_bits", "iwae", "renyi"]
+
+Objective: TypeAlias = Callable[[LogTerms], Tensor]
+
+
+def elbo(terms: LogTerms) -> Tensor:
+    """Average the log-weights over particles: the evidence lower bound.
+
+    (1/K) Σ_k [log p(x, z_k) − log q(z_k | x)]
+
+    Args:
+        terms: log-densities, each (K, B).
+
+    Returns:
+        (B,), in nats.
+
+    >>> elbo(LogTerms(torch.zeros(4, 2), torch.zeros(4, 2), torch.ones(4, 2)))
+    tensor([-1., -1.])
+    """
+    return terms.log_weights.mean(0)
+
+
+def iwae(terms: LogTerms) -> Tensor:
+    """Average the weights themselves over particles: the importance-weighted bound.
+
+    log (1/K) Σ_k p(x, z_k) / q(z_k | x)
+
+    Args:
+        terms: log-densities, each (K, B).
+
+    Returns:
+        (B,), in nats; in expectation between the ELBO and log p(x).
+
+    Reference:
+        Burda, Grosse and Salakhutdinov (2016), Importance weighted autoencoders, ICLR.
+
+    >>> iwae(LogTerms(torch.zeros(4, 2), torch.zeros(4, 2), torch.ones(4, 2)))
+    tensor([-1., -1.])
+    """
+    return torch.logsumexp(terms.log_weights, 0) - math.log(len(terms.log_weights))
+
+
+def renyi(alpha: float) -> Objective:
+    """Return the variational Rényi bound of order α, the ELBO at α = 1 and the importance-weighted bound at α = 0.
+
+    1/(1 − α) · log (1/K) Σ_k [p(x, z_k) / q(z_k | x)]^(1 − α)
+
+    For the same draws it never rises with α. In expectation it is a lower bound on log p(x) for α ≥ 0 at any K.
+
+    Args:
+        alpha: α, any finite number; below 0 it tends to an upper bound as K grows, but with few particles it may lie on
+            either side.
+
+    Returns:
+        An objective, log-terms (K, B) to (B,), in nats, named ``renyi(α)``.
+
+    Raises:
+        ValueError: for α that is not finite.
+
+    Reference:
+        Li and Turner (2016), Rényi divergence variational inference, NeurIPS.
+
+    >>> renyi(0.5)(LogTerms(torch.zeros(4, 2), torch.zeros(4, 2), torch.ones(4, 2)))
+    tensor([-1., -1.])
+    """
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha is {alpha}; the order of a Rényi bound must be a finite number")
+
+    def objective(terms: LogTerms) -> Tensor:
+        if alpha == 1:
+            return elbo(terms)
+        order = 1 - alpha
+        powers = torch.logsumexp(order * terms.log_weights, 0) - math.log(len(terms.log_weights))
+        return powers / order
+
+    return _named(objective, f"renyi({alpha:g})")
+
+
+def beta_elbo(beta: float | Annealed) -> Objective:
+    """Return the ELBO with its divergence weighed by β.
+
+    (1/K) Σ_k [log p(x | z_k) + β (log p(z_k) − log q(z_k | x))]
+
+    In expectation it is the ELBO − (β − 1) KL(q(z | x) ‖ p(z)): a bound on log p(x) for β ≥ 1, and a penalty otherwise.
+    A site that the guide fixes to a point mass counts as data and keeps its weight.
+
+    Args:
+        beta: β ≥ 0, a number or one that moves: a module of the pair, so that :func:`~pyro_vae.fit` moves it.
+
+    Returns:
+        An objective, log-terms (K, B) to (B,), in nats, named ``beta_elbo(β)``.
+
+    Raises:
+        ValueError: for β that is negative or not finite.
+
+    Reference:
+        Higgins et al. (2017), β-VAE: learning basic visual concepts with a constrained variational framework, ICLR.
+
+    >>> beta_elbo(4.0)(LogTerms(torch.zeros(4, 2), torch.zeros(4, 2), torch.ones(4, 2)))
+    tensor([-4., -4.])
+    """
+    weight, name = _weight(beta)
+
+    def objective(terms: LogTerms) -> Tensor:
+        return (terms.log_lik + weight() * (terms.log_prior - terms.log_guide)).mean(0)
+
+    return _named(objective, f"beta_elbo({name})", annealed=beta)
+
+
+def capacity_elbo(weight: float, capacity: Annealed) -> Objective:
+    """Return the objective that holds the divergence at a capacity C, which may rise while training.
+
+    (1/K) Σ_k log p(x | z_k) − γ |KL − C|,      KL = mean over data and particles of log q(z | x) − log p(z)
+
+    The divergence is that of the batch as a whole, so that one datum may spend more than another; its sampled value is
+    unbiased, the absolute value of its distance from C too large by its standard error at most. It is no bound on
+    log p(x).
+
+    Args:
+        weight: γ ≥ 0.
+        capacity: C, in nats, a module of the pair, so that :func:`~pyro_vae.fit` moves it.
+
+    Returns:
+        An objective, log-terms (K, B) to (B,), in nats, named after its numbers.
+
+    Raises:
+        ValueError: for a weight that is negative or not finite, and a capacity that is negative.
+
+    Reference:
+        Burgess et al. (2018), Understanding disentangling in β-VAE, arXiv:1804.03599.
+
+    >>> terms = LogTerms(torch.zeros(4, 2), torch.zeros(4, 2), torch.ones(4, 2))
+    >>> capacity_elbo(10.0, Annealed(0.0, 0.8, 0))(terms)
+    tensor([-2.0000, -2.0000])
+    """
+    if not 0 <= weight < math.inf:
+        raise ValueError(f"weight is {weight}; it must be finite and at least 0")
+    if min(capacity.start, capacity.end) < 0:
+        raise ValueError(f"capacity goes from {capacity.start} to {capacity.end}; a divergence is never negative")
+
+    def objective(terms: LogTerms) -> Tensor:
+        divergence = (terms.log_guide - terms.log_prior).mean()
+        return terms.log_lik.mean(0) - weight * (divergence - capacity()).abs()
+
+    return _named(objective, f"capacity_elbo({weight:g}, {_way(capacity)})", annealed=capacity)
+
+
+def free_bits(floor: float, beta: float | Annealed = 1.0) -> Objective:
+    """Return the ELBO in which no latent site gains from a divergence below λ, its free bits.
+
+    (1/K) Σ_k log p(x | z_k) − β Σ_sites max(λ, KL_site),   KL_site averaged over draws and over the batch
+
+    A site whose divergence is above λ counts as in the ELBO, one below adds the constant λ and has no gradient of its
+    own, so that it is free to carry that much. The batch's mean decides, one draw of one datum being too noisy to.
+    With a β that rises from 0 to 1, kept by the pair, free bits come with a warm-up:
+    ``pair.beta = pv.Annealed(0.0, 1.0, epochs=10); pv.fit(pair, x, loss=free_bits(2.0, pair.beta))``.
+
+    Args:
+        floor: λ ≥ 0, nats per datum and site; 0 leaves the ELBO, up to estimates below zero.
+        beta: β ≥ 0, a number or one that moves: a module of the pair, so that :func:`~pyro_vae.fit` moves it.
+
+    Returns:
+        An objective, log-terms (K, B) to (B,), in nats; at β = 1 at most the ELBO in the batch's mean, and named
+        ``free_bits(λ)``.
+
+    Raises:
+        ValueError: for λ or β that is negative or not finite.
+
+    Reference:
+        Kingma, Salimans, Jozefowicz, Chen, Sutskever and Welling (2016), Improved variational inference with inverse
+        autoregressive flow, NeurIPS, appendix C.8.
+
+    >>> from pyro_vae.pair import SiteTerms
+    >>> zero, one = torch.zeros(4, 2), torch.ones(4, 2)
+    >>> free_bits(3.0)(LogTerms(zero, zero, one, {"z": SiteTerms(zero, one)}))
+    tensor([-3., -3.])
+    """
+    if not 0 <= floor < math.inf:
+        raise ValueError(f"free bits are {floor}; their floor must be finite and at least 0")
+    weight, name = _weight(beta)
+
+    def objective(terms: LogTerms) -> Tensor:
+        if not terms.latents and bool((terms.log_guide != terms.log_prior).any()):
+            raise ValueError("free bits need the divergence of each site: take the terms from pv.log_terms")
+        value = terms.log_lik.mean(0)
+        for site in terms.latents.values():
+            divergence = (site.log_guide - site.log_model).mean(0)
+            value = value - weight() * torch.where(divergence.mean() > floor, divergence, float(floor))
+        return value
+
+    return _named(objective, f"free_bits({floor:g})" if beta == 1 else f"free_bits({floor:g}, {name})", annealed=beta)
+
+
+def _weight(beta: float | Annealed) -> tuple[Callable[[], Tensor | float], str]:
+    """Return what reads β, and how it is called."""
+    if isinstance(beta, Annealed):
+        _check_weight(min(beta.start, beta.end), _way(beta))
+        return beta, _way(beta)
+    _check_weight(beta, str(beta))
+    return lambda: beta, f"{beta:g}"
+
+
+def _check_weight(lowest: float, name: str) -> None:
+    if not 0 <= lowest < math.inf:
+        raise ValueError(f"beta is {name}; the weight of the divergence must be finite and at least 0")
+
+
+def _way(number: Annealed) -> str:
+    return f"{number.start:g} to {number.end:g} in {number.epochs:g} epochs"
+
+
+def _named(objective: Objective, name: str, annealed: object = None) -> Objective:
+    # A run's configuration keeps the loss by this name, so that a resumed run is refused under another α or β.
+    objective.__name__ = name
+    if isinstance(annealed, Annealed):
+        # By this :func:`~pyro_vae.fit` sees that the number is one of the pair's, which it moves.
+        objective.annealed = annealed  # type: ignore[attr-defined]
+    return objective

@@ -1,0 +1,127 @@
+"""Losses that need more of a pair than its log-terms: the guide's distributions, or its programs run again."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any, TypeAlias
+
+import torch
+from pyro.infer import ELBO, ReweightedWakeSleep, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from pyro_vae.objectives.bounds import Objective
+from pyro_vae.pair.modes import device_of, rehearsal, to_pair
+from pyro_vae.pair.pair import Pair, Program
+from pyro_vae.pair.trace import bare, sample_sites, trace_pair
+from pyro_vae.runtime.random_state import own_random_state
+
+__all__ = ["WEIGHED", "Loss", "PairLoss", "check_loss"]
+
+
+class PairLoss(ELBO, abc.ABC):
+    """One more of Pyro's ELBOs, which reaches the pair behind the programs that it is given.
+
+    An objective is a function of :class:`~pyro_vae.LogTerms`; what needs more writes :meth:`negative` and, where not
+    every pair will do, :meth:`check`. It then trains in :func:`~pyro_vae.fit` and in a loop of Pyro's own alike.
+
+    Args:
+        num_particles: K, draws per datum.
+
+    Raises:
+        ValueError: for K < 1; in use, for programs that are not a pair's.
+    """
+
+    def __init__(self, num_particles: int = 1) -> None:
+        if num_particles < 1:
+            raise ValueError(f"num_particles is {num_particles}; it counts draws per datum and must be at least 1")
+        super().__init__(num_particles=num_particles, vectorize_particles=True)
+
+    @abc.abstractmethod
+    def negative(self, pair: Pair, model: Program, guide: Program, *batch: Tensor) -> Tensor:
+        """Return what is minimised, summed over the data: a scalar with its gradient, in nats."""
+
+    def check(self, pair: Pair, batch: tuple[Tensor, ...]) -> None:
+        """Refuse a pair, or training data, that this loss cannot take; ``fit`` asks before it takes a step."""
+
+    def loss(self, model: Program, guide: Program, *batch: Tensor) -> float:
+        """Return the loss summed over the data, in nats."""
+        with torch.no_grad():
+            return self.differentiable_loss(model, guide, *batch).item()
+
+    def loss_and_grads(self, model: Program, guide: Program, *batch: Tensor) -> float:
+        """Return the loss summed over the data, in nats, and leave its gradients in the parameters."""
+        loss = self.differentiable_loss(model, guide, *batch)
+        loss.backward()
+        return loss.item()
+
+    def differentiable_loss(self, model: Program, guide: Program, *batch: Tensor) -> Tensor:
+        """Return the loss summed over the data, a scalar with its gradient."""
+        if not isinstance(guide, Program) or not isinstance(model, Program):
+            raise ValueError(f"{type(self).__name__} reaches the pair itself: give it pair.model, pair.guide")
+        return self.negative(guide.pair, model, guide, *batch)
+
+    def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
+        # Pyro's base class asks for it; both traces are of one plain draw.
+        drawn, replayed = trace_pair(guide.pair, *args, num_particles=self.num_particles)
+        return replayed, drawn
+
+
+Loss: TypeAlias = ELBO | Objective
+# The losses that have a divergence for β to weigh.
+WEIGHED = (Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO)
+
+
+def check_loss(pair: Pair, loss: Loss, batch: tuple[Tensor, ...], *, num_particles: int, uses_beta: bool) -> None:
+    """Refuse what would train in silence on something else than was asked for.
+
+    Raises:
+        ValueError: for a Pyro loss that cannot see the pair's parameters, a number of particles beside a Pyro ELBO, β
+            beside a loss without a divergence to weigh, closed divergences where their conditions fail, and an
+            objective whose gradient through the guide's draws does not exist.
+    """
+    name = getattr(loss, "__name__", type(loss).__name__)
+    if name.startswith("Jit") or isinstance(loss, ReweightedWakeSleep):
+        raise ValueError(f"{name} looks parameters up in Pyro's store or has two losses: use it in a loop of your own")
+    if isinstance(loss, ELBO) and num_particles != 1:
+        raise ValueError(f"num_particles is {num_particles}; a Pyro ELBO holds its own: {name}(…)")
+    if uses_beta and not isinstance(loss, WEIGHED):
+        raise ValueError(
+            f"beta weighs the divergence of Pyro's ELBOs; {name} has no such term: leave beta at 1, or use the "
+            "objective beta_elbo(beta)"
+        )
+    # As it trains: a guide may be relaxed then, and discrete where it is evaluated.
+    with rehearsal(pair), own_random_state(0, device_of(pair)):
+        guide, model = trace_pair(pair, *to_pair(pair, tuple(tensor[:2] for tensor in batch)))
+    if isinstance(loss, TraceMeanField_ELBO):
+        _check_order(list(sample_sites(guide)), [n for n, s in sample_sites(model).items() if not s["is_observed"]])
+        _check_reparameterised(sample_sites(guide))
+    if isinstance(loss, PairLoss):
+        loss.check(pair, batch)
+    if not isinstance(loss, ELBO):
+        _check_reparameterised(sample_sites(guide))
+        # What an objective anneals is moved, and recorded, with the pair.
+        if (annealed := getattr(loss, "annealed", None)) is not None and annealed not in list(pair.modules()):
+            raise ValueError(
+                f"{getattr(loss, '__name__', 'the objective')} follows a number that is no module of the pair, so that "
+                "nothing would move it: keep it as an attribute of the pair"
+            )
+
+
+def _check_order(guide: list[str], model: list[str]) -> None:
+    if guide != model:
+        raise ValueError(
+            f"TraceMeanField_ELBO closes each site's divergence by itself, which is wrong where a site of the guide "
+            f"depends on an earlier draw; the guide samples {guide}, the model {model}: use Trace_ELBO, or sample in "
+            "the model's order where nothing depends on it"
+        )
+
+
+def _check_reparameterised(sites: dict[str, Any]) -> None:
+    for name, site in sites.items():
+        if not site["fn"].has_rsample:
+            raise ValueError(
+                f"the guide's site '{name}' ({type(bare(site['fn'])).__name__}) has no rsample, so that this loss's "
+                "gradient would leave out how its draws depend on the parameters: train with Pyro's Trace_ELBO, "
+                "TraceGraph_ELBO (lower variance) or TraceEnum_ELBO (sums over it)"
+            )

@@ -1,0 +1,179 @@
+"""The divergence from the prior in three parts, and the objective of β-TCVAE that weighs them apart."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from pyro import poutine
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from pyro_vae.objectives.loss import PairLoss
+from pyro_vae.pair.modes import device_of, rehearsal, to_pair
+from pyro_vae.pair.pair import Pair, Program
+from pyro_vae.pair.terms import sum_terms
+from pyro_vae.pair.trace import (
+    bare,
+    check_same_latents,
+    particle_dim,
+    particle_plate,
+    point_masses,
+    sample_sites,
+    site_log_prob,
+    trace_pair,
+)
+from pyro_vae.runtime.random_state import own_random_state
+
+__all__ = ["DivergenceSplit", "TotalCorrelationELBO", "divergence_split"]
+
+
+class DivergenceSplit(NamedTuple):
+    """The three parts of log q(z | x) − log p(z), each averaged over particles, (B,), in nats.
+
+    ``mutual_information``: log q(z | x) − log q(z), of data and latents; ``total_correlation``:
+    log q(z) − Σ_l log q(z_l), of the latents with one another; ``dimension_wise``: Σ_l log q(z_l) − log p(z).
+    """
+
+    mutual_information: Tensor
+    total_correlation: Tensor
+    dimension_wise: Tensor
+
+
+def divergence_split(
+    pair: Pair, *batch: Tensor, data_size: int | None = None, num_particles: int = 1
+) -> DivergenceSplit:
+    """Split the divergence from the prior into mutual information, total correlation and dimension-wise divergence.
+
+    q(z) = (1/N) Σ_n q(z | x_n) is the guide averaged over the data. At a draw z of datum i it is estimated from a batch
+    of M by its own posterior and the others', which stand for all the rest:
+
+    q̂(z) = (1/N) q(z | x_i) + (N − 1) / (N (M − 1)) Σ_{j ≠ i} q(z | x_j),      and likewise each q̂(z_l)
+
+    It is exact where the batch is the data, and unbiased (before the logarithm) where the batch is drawn from them
+    without replacement. The three parts add up to log q(z | x) − log p(z) at every draw, whatever the batch.
+
+    Args:
+        pair: a pair whose guide has one latent site, factorised over the entries of a vector.
+        batch: ``x`` (M, …) and the pair's conditions.
+        data_size: N; the batch's own size without it.
+        num_particles: K, draws per datum.
+
+    Returns:
+        :class:`DivergenceSplit`.
+
+    Raises:
+        ValueError: for other guides, and a batch that is larger than the data.
+
+    Reference:
+        Chen, Li, Grosse and Duvenaud (2018), Isolating sources of disentanglement in VAEs, NeurIPS (there, the estimate
+        by stratified weights).
+
+    >>> import pyro_vae as pv
+    >>> divergence_split(pv.models.VAE((4,), pv.StandardNormal(3)), torch.randn(8, 4)).total_correlation.shape
+    torch.Size([8])
+    """
+    size = len(batch[0]) if data_size is None else data_size
+    guide, model = trace_pair(pair, *batch, num_particles=num_particles)
+    return DivergenceSplit(*(part.mean(0) for part in _split(pair, guide, model, size)))
+
+
+class TotalCorrelationELBO(PairLoss):
+    """Maximise the ELBO with the three parts of its divergence weighed apart: β-TCVAE.
+
+    E log p(x | z) − α · mutual information − β · total correlation − γ · dimension-wise divergence
+
+    With all weights 1 it is the ELBO, draw by draw. See :func:`divergence_split` for the estimate.
+
+    Args:
+        beta: β ≥ 0.
+        data_size: N, the number of training data.
+        alpha, gamma: α and γ ≥ 0.
+        num_particles: K.
+
+    Raises:
+        ValueError: for weights that are negative or not finite, N < 1; before training, for guides without exactly one
+            factorised latent site, and N that is not the number of training data.
+
+    Reference:
+        Chen, Li, Grosse and Duvenaud (2018), Isolating sources of disentanglement in VAEs, NeurIPS.
+
+    >>> import pyro_vae as pv
+    >>> pair, x = pv.models.VAE((4,), pv.StandardNormal(2)), torch.randn(32, 4)
+    >>> loss = TotalCorrelationELBO(6.0, data_size=32)
+    >>> run = pv.fit(pair, x, epochs=1, batch_size=16, loss=loss, progress=False)
+    """
+
+    def __init__(
+        self, beta: float, data_size: int, *, alpha: float = 1.0, gamma: float = 1.0, num_particles: int = 1
+    ) -> None:
+        super().__init__(num_particles)
+        for name, weight in (("alpha", alpha), ("beta", beta), ("gamma", gamma)):
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"{name} is {weight}; a weight must be finite and at least 0")
+        if data_size < 1:
+            raise ValueError(f"data_size is {data_size}; it is the number of training data")
+        self.alpha, self.beta, self.gamma, self.data_size = alpha, beta, gamma, data_size
+
+    def negative(self, pair: Pair, model: Program, guide: Program, *batch: Tensor) -> Tensor:
+        """Return minus the weighed bound, summed over the data."""
+        # The programs, not the pair's methods: Pyro's own SVI then sees their parameters.
+        with particle_plate(pair, self.num_particles):
+            drawn = poutine.trace(guide).get_trace(*batch)
+            replayed = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*batch)
+        check_same_latents(drawn, replayed)
+        information, correlation, dimension_wise = _split(pair, drawn, replayed, self.data_size)
+        penalty = self.alpha * information + self.beta * correlation + self.gamma * dimension_wise
+        log_lik = sum_terms(drawn, replayed, particle_dim(pair)).log_lik
+        return -(log_lik - penalty).mean(0).sum()
+
+    def check(self, pair: Pair, batch: tuple[Tensor, ...]) -> None:
+        """Refuse a guide that cannot be split, and another number of training data."""
+        if self.data_size != len(batch[0]):
+            raise ValueError(f"data_size is {self.data_size}; there are {len(batch[0])} training data")
+        with rehearsal(pair), own_random_state(0, device_of(pair)):
+            guide, model = trace_pair(pair, *to_pair(pair, tuple(tensor[:1] for tensor in batch)))
+            _split(pair, guide, model, self.data_size)
+
+
+def _split(pair: Pair, guide: Trace, model: Trace, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the three parts at every draw, each (K, B)."""
+    site = _factorised_site(pair, guide)
+    value, entries = site["value"], bare(site["fn"])
+    count = value.shape[1]
+    if count > size:
+        raise ValueError(f"data_size is {size}, smaller than a batch of {count}: it is the number of all training data")
+    # Draw i under posterior j: (i, K, 1, L) against parameters (K, j, L).
+    under = entries.log_prob(value.transpose(0, 1).unsqueeze(2))
+    weights = _log_weights(count, size, like=value)
+    log_joint = torch.logsumexp(under.sum(-1) + weights.unsqueeze(1), -1).mT
+    log_marginals = torch.logsumexp(under + weights[:, None, :, None], 2).sum(-1).mT
+    dim = particle_dim(pair)
+    log_q, log_p = site_log_prob(site, dim), site_log_prob(sample_sites(model)[site["name"]], dim)
+    return log_q - log_joint, log_joint - log_marginals, log_marginals - log_p
+
+
+def _log_weights(count: int, size: int, like: Tensor) -> Tensor:
+    """Return log-weights (i, j) of posterior j in q̂ at a draw of datum i."""
+    if count == 1:
+        # Without others nothing stands for the rest: q̂ is the one posterior there is.
+        return like.new_zeros(1, 1)
+    own = torch.eye(count, dtype=torch.bool, device=like.device)
+    others = math.log((size - 1) / (size * (count - 1)))
+    return like.new_full((count, count), others).masked_fill(own, -math.log(size))
+
+
+def _factorised_site(pair: Pair, guide: Trace) -> Any:
+    fixed = point_masses(guide)
+    sites = [site for name, site in sample_sites(guide).items() if name not in fixed]
+    names = [site["name"] for site in sites]
+    if len(sites) != 1 or pair.max_plate_nesting != 1:
+        raise ValueError(f"the divergence is split for a guide with one latent site in the data plate; it has {names}")
+    (site,) = sites
+    if site["fn"].event_dim != 1 or bare(site["fn"]).event_shape != ():
+        raise ValueError(
+            f"the divergence is split entry by entry: the guide's site '{site['name']}' "
+            f"({type(bare(site['fn'])).__name__}) must be factorised over a vector, as DiagonalGaussian is"
+        )
+    return site

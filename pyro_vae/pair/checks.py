@@ -1,0 +1,121 @@
+"""Data that no pair could take, refused in words before anything is computed from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_vae.pair.modes import device_of, evaluation, to_pair
+from pyro_vae.pair.pair import Pair
+from pyro_vae.pair.trace import check_measures, sample_sites, trace_pair, x_site
+from pyro_vae.runtime.random_state import own_random_state
+
+__all__ = ["check_batch", "check_support", "check_tensor", "refuse_outside"]
+
+# Entries that are looked at together. Marks of them all would take twice what the data do, which may be a file mapped
+# into memory.
+ENTRIES = 2**20
+
+
+def check_batch(pair: Pair, batch: tuple[Tensor, ...], argument: str = "x") -> None:
+    """Refuse data that no pair can take: empty, of another shape or dtype, NaN or infinite.
+
+    Raises:
+        ValueError: naming the argument, what is wrong and how to mend it.
+    """
+    if not batch or not all(isinstance(tensor, Tensor) for tensor in batch):
+        raise ValueError(f"{argument} must be a tensor, or a tuple of tensors: the data and the pair's conditions")
+    x = batch[0]
+    shape = getattr(pair, "x_shape", None)
+    if shape is not None and tuple(x.shape[1:]) != tuple(shape):
+        raise ValueError(
+            f"{argument} has shape {tuple(x.shape)}; {type(pair).__name__} expects (N, {', '.join(map(str, shape))})"
+        )
+    if x.dim() == 0 or len(x) == 0:
+        raise ValueError(f"{argument} holds no data")
+    if any(len(tensor) != len(x) for tensor in batch):
+        raise ValueError(f"{argument} and its conditions have {[len(t) for t in batch]} rows; they must be equal")
+    check_tensor(x, pair.x_dtype or next((p.dtype for p in pair.parameters()), x.dtype), argument)
+    for tensor in batch[1:]:
+        _check_finite(tensor, argument)
+
+
+def check_tensor(x: Tensor, dtype: torch.dtype, argument: str) -> None:
+    """Refuse a tensor of another dtype, and NaN or infinite values.
+
+    Raises:
+        ValueError: naming the argument, what is wrong and how to mend it.
+    """
+    if x.dtype != dtype:
+        raise ValueError(f"{argument} is {x.dtype}, the pair computes with {dtype}: use {argument}.to({dtype})")
+    _check_finite(x, argument)
+
+
+def _check_finite(x: Tensor, argument: str) -> None:
+    if not x.is_floating_point():
+        return
+    count, first = _marked(~torch.isfinite(part) for part in _parts(x))
+    if count:
+        raise ValueError(
+            f"{argument} has {count} NaN or infinite value{'s' if count > 1 else ''}, the first at index {first}"
+        )
+
+
+def _parts(x: Tensor) -> tuple[Tensor, ...]:
+    """Return data in parts by rows."""
+    return x.split(max(1, ENTRIES * len(x) // max(1, x.numel())))
+
+
+def _marked(parts: Iterable[Tensor]) -> tuple[int, tuple[int, ...]]:
+    """Return how many entries are true in consecutive parts by rows, and the index of the first."""
+    count, first, start = 0, (), 0
+    for marks in parts:
+        found = int(marks.sum())
+        if found and not count:
+            row, *others = marks.nonzero()[0].tolist()
+            first = (start + row, *others)
+        count, start = count + found, start + len(marks)
+    return count, first
+
+
+def check_support(pair: Pair, batch: tuple[Tensor, ...], argument: str, seen: Tensor | None = None) -> None:
+    """Refuse data outside the support of the pair's likelihood; ``seen`` marks the entries that count.
+
+    Raises:
+        ValueError: with the number of such values, the first one, and the likelihoods that would take it.
+    """
+    few = to_pair(pair, tuple(tensor[:2] for tensor in batch))
+    with evaluation(pair), own_random_state(0, device_of(pair)):
+        guide, model = trace_pair(pair, *few)
+        check_measures(guide, model)
+        site = x_site(sample_sites(model), few[0])
+    refuse_outside(site, batch[0], argument, seen)
+
+
+def refuse_outside(site: Any, value: Tensor, argument: str, seen: Tensor | None = None) -> None:
+    """Refuse values outside the support of a site, entry by entry.
+
+    Raises:
+        ValueError: with their number, the first one, and the likelihoods that would take it.
+    """
+    support = site["fn"].support
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    # A support that depends on a batch's parameters has its shape; Pyro checks it batch by batch.
+    if support.check(value[:1]).shape != value[:1].shape:
+        return
+    outside = (~support.check(part) for part in _parts(value))
+    if seen is not None:
+        outside = (bad & part for bad, part in zip(outside, _parts(seen.expand_as(value)), strict=True))
+    count, first = _marked(outside)
+    if not count:
+        return
+    raise ValueError(
+        f"{argument} has {count} values outside the support of site '{site['name']}' ({support}), the first "
+        f"{float(value[first]):.4g} at index {first}: use a Bernoulli for data in {{0, 1}} (pv.data.binarise), a "
+        "continuous Bernoulli for [0, 1], a discretised logistic for gray levels (with the data's own number of "
+        "levels), a Gaussian for real data"
+    )

@@ -1,0 +1,183 @@
+"""Complete data of which a part is seen."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from pyro import poutine
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from pyro_vae.pair.checks import check_batch, check_support
+from pyro_vae.pair.modes import drawing, to_pair
+from pyro_vae.pair.pair import Pair
+from pyro_vae.pair.terms import sum_terms
+from pyro_vae.pair.trace import (
+    particle_dim,
+    particle_plate,
+    point_masses,
+    sample_sites,
+    site_log_prob,
+    trace_pair,
+    whole_value,
+    x_site,
+)
+from pyro_vae.predict.generate import generate
+from pyro_vae.runtime.memory import MEBIBYTE, chunk_sizes
+from pyro_vae.runtime.random_state import derived_seed, fresh_seed
+
+__all__ = ["Imputation", "impute"]
+
+
+class Imputation(NamedTuple):
+    """``samples`` (S, B, …) of the whole x, its seen part as given; ``ess`` (B,) of the first importance sampling.
+
+    ``ess`` is out of the number of particles; ``approximate`` tells that the guide fixes a site to a point mass, so
+    that the sweeps are pseudo-Gibbs rather than exact.
+    """
+
+    samples: Tensor
+    ess: Tensor
+    approximate: bool
+
+
+def impute(
+    pair: Pair,
+    x: Tensor,
+    mask: Tensor,
+    *conditions: Tensor,
+    num_samples: int = 16,
+    num_particles: int = 64,
+    sweeps: int = 10,
+    memory: int = 512 * MEBIBYTE,
+    seed: int | None = None,
+) -> Imputation:
+    """Draw the missing part of x given the seen part.
+
+    The first latents come from the guide run on a filled-in x, resampled with weights p(x_seen, z) / q(z | x filled).
+    Each sweep then draws x_missing ~ p(x | z), and z among the current one and new draws of the guide at the completed
+    x, with weights p(x, z) / q(z | x): both leave p(z, x_missing | x_seen) as it is.
+
+    Args:
+        pair: any pair whose likelihood factorises over the entries of x.
+        x: (B, …); its missing entries are not read.
+        mask: True where x is seen, the shape of x or of one datum.
+        conditions: the pair's conditions.
+        num_samples: S, independent chains per datum, one draw from each.
+        num_particles: K, candidates in each draw of z.
+        sweeps: number of Gibbs sweeps.
+        memory: bytes that a chunk of chains may take beside what is returned, as in :func:`~pyro_vae.log_likelihood`;
+            seeded draws depend on it.
+        seed: of the draws; fresh entropy without one.
+
+    Returns:
+        :class:`Imputation`.
+
+    Raises:
+        ValueError: for a mask that is not boolean or of another shape, bad seen data, a likelihood that does not
+            factorise, and a budget too small for one chain.
+
+    Reference:
+        Rezende, Mohamed and Wierstra (2014), Stochastic backpropagation, ICML; Andrieu, Doucet and Holenstein (2010),
+        Particle Markov chain Monte Carlo methods, JRSS B 72, for the draw of z.
+    """
+    if mask.dtype != torch.bool or tuple(mask.shape) not in (tuple(x.shape), tuple(x.shape[1:])):
+        raise ValueError(
+            f"mask is {mask.dtype} of shape {tuple(mask.shape)}; it must be boolean, shaped as x or one datum"
+        )
+    if min(num_samples, num_particles) < 1 or sweeps < 0:
+        raise ValueError("num_samples and num_particles must be at least 1, sweeps at least 0")
+    if pair.max_plate_nesting > 1:
+        raise ValueError(f"{type(pair).__name__} has plates of its own; impute knows the data plate only")
+    mask = mask.expand_as(x)
+    batch = (torch.where(mask, x, torch.zeros_like(x)), *conditions)
+    check_batch(pair, batch)
+    check_support(pair, batch, "x", mask)
+    seen, mask, *others = to_pair(pair, (batch[0], mask, *conditions))
+    # Chains are data of their own: S copies of each datum, S × B in all, each begun at a draw of its own.
+    rows = torch.arange(len(x), device=seen.device).repeat(num_samples)
+    chains = (seen[rows], mask[rows], *(tensor[rows] for tensor in others))
+    seed = fresh_seed() if seed is None else seed
+
+    def run(chunk: tuple[Tensor, ...], sweeps: int, start: int = 0) -> tuple[Tensor, Tensor, bool]:
+        seen, mask, *conditions = chunk
+        # A stream of its own: the chains' would give each the very noise that its x was begun with.
+        begun = generate(pair, len(seen), *conditions, seed=derived_seed(seed, "imputation", start))
+        chain = _Chain(pair, torch.where(mask, seen, begun.x), mask, tuple(conditions), num_particles)
+        weights = chain.start()
+        for _ in range(sweeps):
+            chain.sweep()
+        return chain.x, weights, chain.approximate
+
+    with drawing(pair, seed):
+        unit = f"one chain and its {num_particles} candidates"
+        size, _ = chunk_sizes(lambda chunk, _: run(chunk, min(sweeps, 1)), chains, 1, memory, unit, len(rows))
+        starts = range(0, len(rows), size)
+        parts = [run(tuple(tensor[i : i + size] for tensor in chains), sweeps, i) for i in starts]
+    weights = torch.cat([part[1] for part in parts], 1)
+    ess = torch.exp(2 * torch.logsumexp(weights, 0) - torch.logsumexp(2 * weights, 0))
+    samples = torch.cat([part[0] for part in parts]).unflatten(0, (num_samples, len(x)))
+    return Imputation(samples, ess.view(num_samples, -1).mean(0), parts[0][2])
+
+
+class _Chain:
+    """One Markov chain per row of x over (z, x_missing)."""
+
+    def __init__(self, pair: Pair, x: Tensor, mask: Tensor, conditions: tuple[Tensor, ...], num_particles: int) -> None:
+        self.pair, self.x, self.mask, self.conditions, self.num_particles = pair, x, mask, conditions, num_particles
+        self.current: dict[str, Tensor] = {}
+        self.approximate = False
+
+    def start(self) -> Tensor:
+        """Draw the first z from weights that see x's seen part only, then complete x; return the weights (K, B)."""
+        guide, model = self._propose(self.num_particles)
+        terms = sum_terms(guide, model, self._dim)
+        site = x_site(sample_sites(model), self.x)
+        seen = torch.where(self.mask, _entrywise(site), 0.0).flatten(2).sum(-1)
+        weights = terms.log_weights - site_log_prob(site, self._dim) + seen
+        self._choose(guide, model, weights)
+        return weights
+
+    def sweep(self) -> None:
+        """Draw z given the completed x among the current one and K proposals, then the missing part of x."""
+        guide, _ = self._propose(self.num_particles + 1)
+        for name, value in self.current.items():
+            node = guide.nodes[name]
+            node["value"] = torch.cat([value.unsqueeze(0), whole_value(node)[1:]])
+        # Scored again as a whole: the guide's later sites may depend on the current values of earlier ones.
+        with particle_plate(self.pair, self.num_particles + 1):
+            scored = poutine.trace(poutine.replay(type(self.pair).guide, trace=guide))
+            guide = scored.get_trace(self.pair, self.x, *self.conditions)
+            model = poutine.trace(poutine.replay(type(self.pair).model, trace=guide))
+            model = model.get_trace(self.pair, self.x, *self.conditions)
+        self._choose(guide, model, sum_terms(guide, model, self._dim).log_weights)
+
+    @property
+    def _dim(self) -> int:
+        return particle_dim(self.pair)
+
+    def _propose(self, size: int) -> tuple[Trace, Trace]:
+        return trace_pair(self.pair, self.x, *self.conditions, num_particles=size)
+
+    def _choose(self, guide: Trace, model: Trace, log_weights: Tensor) -> None:
+        chosen = torch.distributions.Categorical(logits=log_weights.mT).sample()
+        rows = torch.arange(len(self.x), device=self.x.device)
+        fixed = point_masses(guide)
+        self.approximate = bool(fixed)
+        self.current = {
+            name: whole_value(site)[chosen, rows] for name, site in sample_sites(guide).items() if name not in fixed
+        }
+        drawn = x_site(sample_sites(model), self.x)["fn"].sample()[chosen, rows]
+        self.x = torch.where(self.mask, self.x, drawn)
+
+
+def _entrywise(site: Any) -> Tensor:
+    """Return log p of each entry of x, (K, B, …)."""
+    distribution = site["fn"]
+    if not isinstance(distribution, torch.distributions.Independent) or distribution.base_dist.event_shape:
+        raise ValueError(
+            f"site '{site['name']}' has a {type(distribution).__name__} likelihood: impute needs one that factorises "
+            "over the entries of x, a .to_event() of univariate distributions"
+        )
+    return distribution.base_dist.log_prob(site["value"])

@@ -1,0 +1,67 @@
+"""Draw many x for one low-resolution y."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from pyro import poutine
+from torch import Tensor
+
+from pyro_vae.pair.checks import check_tensor, refuse_outside
+from pyro_vae.pair.modes import drawing
+from pyro_vae.pair.pair import Pair
+from pyro_vae.pair.trace import particle_plate, sample_sites, x_site
+from pyro_vae.predict.generate import placeholder_for
+
+__all__ = ["SuperResolution", "super_resolve"]
+
+
+class SuperResolution(NamedTuple):
+    """``samples`` and ``means`` (K, B, …): draws from p(x | y), and E[x | y, z_k]; ``spread`` (B, …): the standard
+    deviation of the draws, pixel by pixel; ``log_weights`` (K, B): log p(y, u) − log q(u | y)."""
+
+    samples: Tensor
+    means: Tensor
+    spread: Tensor
+    log_weights: Tensor
+
+
+def super_resolve(pair: Pair, y: Tensor, *, num_samples: int = 16, seed: int | None = None) -> SuperResolution:
+    """Draw many high-resolution images for each low-resolution one.
+
+    u ~ q(u | y),   z ~ p(z | y, u),   x ~ p(x | y, z)
+
+    Args:
+        pair: a pair with a ``low_resolution_guide`` and a site ``y``, such as SRVAE.
+        y: (B, C, h, w).
+        num_samples: K, draws for each y.
+        seed: of the draws; fresh entropy without one.
+
+    Returns:
+        :class:`SuperResolution`.
+
+    Raises:
+        ValueError: for a pair that has no low-resolution stage, and for images of another shape.
+    """
+    if not hasattr(pair, "low_resolution_guide"):
+        raise ValueError(f"{type(pair).__name__} has no low-resolution stage: super_resolve needs a pair such as SRVAE")
+    y_shape: Any = pair.y_shape
+    if tuple(y.shape[1:]) != tuple(y_shape):
+        raise ValueError(f"y has shape {tuple(y.shape)}; the pair's low resolution is {tuple(y_shape)}")
+    if num_samples < 1:
+        raise ValueError(f"num_samples is {num_samples}; it must be at least 1")
+    if len(y) == 0:
+        raise ValueError("y holds no image")
+    placeholder = placeholder_for(pair, len(y))
+    check_tensor(y, placeholder.dtype, "y")
+    y = y.to(placeholder.device)
+    with drawing(pair, seed), particle_plate(pair, num_samples):
+        guide = poutine.trace(type(pair).low_resolution_guide).get_trace(pair, y)  # type: ignore[attr-defined]
+        model = poutine.condition(poutine.uncondition(type(pair).model), data={"y": y})
+        sites = sample_sites(poutine.trace(poutine.replay(model, trace=guide)).get_trace(pair, placeholder))
+        refuse_outside(sites["y"], y, "y")
+        x = x_site(sites, placeholder)
+        log_weights = -sum(site["fn"].log_prob(site["value"]) for site in sample_sites(guide).values())
+        for name in [*sample_sites(guide), "y"]:
+            log_weights = log_weights + sites[name]["fn"].log_prob(sites[name]["value"])
+        return SuperResolution(x["value"], x["fn"].mean, x["value"].std(0, correction=0), log_weights)

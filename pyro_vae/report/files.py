@@ -1,0 +1,94 @@
+"""What a run folder says of a trained pair, as files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pyro_vae.data import DataSet
+from pyro_vae.diagnostics.collapse import collapse_report, noise_modules
+from pyro_vae.diagnostics.loss_terms import loss_terms
+from pyro_vae.likelihood.estimate import LogLikelihood
+from pyro_vae.objectives.closed_form import HasClosedForm
+from pyro_vae.pair.pair import Pair
+from pyro_vae.report.figures import FIGURES, collapse, save_figure
+from pyro_vae.report.likelihood_figures import LIKELIHOOD_FIGURES
+from pyro_vae.runtime.files import write_text
+
+__all__ = [
+    "COLLAPSE",
+    "LIKELIHOOD",
+    "SCORES",
+    "VALUES",
+    "forget_likelihood",
+    "record_likelihood",
+    "write_collapse",
+    "write_figures",
+    "write_loss_terms",
+    "write_scores",
+]
+
+# Numbers in the data whose loss is taken apart, such as 512 images of 64 pixels: a report is to cost seconds.
+VALUES = 2**15
+LIKELIHOOD, COLLAPSE, SCORES = "log_likelihood.json", "collapse.json", "scores.json"
+
+
+def write_loss_terms(folder: Path, pair: Pair, data: DataSet) -> None:
+    """Keep :func:`loss_terms` of the test data in the run folder, where the pair has a closed form."""
+    if isinstance(pair, HasClosedForm):
+        some = data.test[: max(16, VALUES // data.test[0].numel())]
+        write_text(folder / "loss_terms.json", json.dumps(loss_terms(pair, some), indent=2) + "\n")
+
+
+def record_likelihood(folder: Path, ll: LogLikelihood) -> list[Path]:
+    """Keep a log-likelihood in the run folder, draw its figures and return their paths."""
+    forget_likelihood(folder)
+    paths = []
+    for name, draw in LIKELIHOOD_FIGURES.items():
+        figure = draw(ll)
+        if figure is not None:
+            paths.append(folder / "figures" / f"{name}.png")
+            save_figure(figure, paths[-1])
+    # The table last: a report shows the figures only where there is one.
+    write_text(folder / LIKELIHOOD, json.dumps(ll.record(), indent=2, allow_nan=False) + "\n")
+    return paths
+
+
+def forget_likelihood(folder: Path) -> None:
+    """Remove what an earlier evaluation left for the report: it was of other parameters, or is about to be replaced."""
+    for path in (LIKELIHOOD, *(f"figures/{name}.png" for name in LIKELIHOOD_FIGURES)):
+        (folder / path).unlink(missing_ok=True)
+
+
+def write_collapse(folder: Path, pair: Pair, data: DataSet) -> None:
+    """Keep :func:`~pyro_vae.collapse_report` of test data in the run folder, with its figure.
+
+    It takes variances over data, which a single graph has none of: then nothing is kept.
+    """
+    if len(data.test) < 2:
+        return
+    report = collapse_report(pair, data.test[:512], seed=0)
+    if (figure := collapse(report)) is not None:
+        save_figure(figure, folder / "figures" / "collapse.png")
+    record = {**report.record(), "noise_modules": noise_modules(pair, data.test[:2])}
+    write_text(folder / COLLAPSE, json.dumps(record, indent=2) + "\n")
+
+
+def write_figures(folder: Path, pair: Pair, data: DataSet, metrics: list[dict[str, Any]]) -> list[Path]:
+    """Draw every figure that suits the pair and return their paths."""
+    written = []
+    for name, draw in FIGURES.items():
+        figure = draw(pair, data, metrics)
+        if figure is not None:
+            path = folder / "figures" / f"{name}.png"
+            save_figure(figure, path)
+            written.append(path)
+    return written
+
+
+def write_scores(folder: Path, scores: Mapping[str, float]) -> list[str]:
+    """Keep what a model is scored by besides its likelihood, and return it line by line."""
+    write_text(folder / SCORES, json.dumps(dict(scores), indent=2) + "\n")
+    return [f"{name}: {value:.3f}" for name, value in scores.items()]

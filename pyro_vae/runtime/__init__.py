@@ -1,0 +1,1 @@
+"""Random state, memory, files and processes: what every long run needs."""

@@ -1,0 +1,1 @@
+"""Train a pair: arguments, steps, the loop, its run folder."""

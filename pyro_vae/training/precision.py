@@ -1,0 +1,141 @@
+"""The precision of training: of parameters, of densities, and of the products inside networks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from pyro_vae.pair.modes import device_of, evaluation, to_pair
+from pyro_vae.pair.pair import Pair
+from pyro_vae.pair.trace import trace_pair
+from pyro_vae.runtime.random_state import own_random_state
+
+__all__ = ["Precision", "check_precision", "float32_products", "mixed", "networks", "to_precision"]
+
+Precision: TypeAlias = Literal["float32", "float64", "bf16-mixed"]
+# What parameters, densities and sums are kept in.
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16-mixed": torch.float32}
+Thing = TypeVar("Thing", nn.Module, Tensor)
+
+
+def check_precision(precision: Precision | None, tf32: bool, device: torch.device) -> None:
+    """Refuse an unknown precision, and TF32 where there is none.
+
+    Raises:
+        ValueError: naming the argument and what it may be.
+    """
+    if precision is not None and precision not in DTYPES:
+        raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(get_args(Precision))}")
+    if tf32 and device.type != "cuda":
+        raise ValueError(f"tf32 is a mode of CUDA devices, and this run is on {device.type}: leave it out")
+    if tf32 and precision == "float64":
+        raise ValueError("tf32 rounds float32 products; it has none to round in float64: leave it out")
+
+
+def to_precision(thing: Thing, precision: Precision | None) -> Thing:
+    """Return a module, converted in place, or a tensor with its real numbers in the dtype of a precision.
+
+    >>> to_precision(torch.zeros(2), "float64").dtype, to_precision(torch.arange(2), "float64").dtype
+    (torch.float64, torch.int64)
+    """
+    if precision is None:
+        return thing
+    if isinstance(thing, Tensor) and not thing.is_floating_point():
+        return thing
+    return thing.to(DTYPES[precision])
+
+
+def networks(pair: Pair, batch: tuple[Tensor, ...]) -> list[nn.Module]:
+    """Return the pair's networks: its outermost modules that hold parameters and return tensors, run on two data.
+
+    A module that returns a distribution is none, nor is the pair itself.
+
+    >>> import pyro_vae as pv
+    >>> pair = pv.models.VAE((3,), pv.StandardNormal(1), encoder=nn.Linear(3, 2), decoder=nn.Linear(1, 3))
+    >>> networks(pair, (torch.zeros(2, 3),))[:2]
+    [Linear(in_features=3, out_features=2, bias=True), Linear(in_features=1, out_features=3, bias=True)]
+    """
+    modules = [module for module in pair.modules() if module is not pair]
+    others = {module for module in modules if not any(True for _ in module.parameters())}
+    calls: dict[nn.Module, list[tuple[nn.Module, ...]]] = {}
+    running: list[nn.Module] = []
+
+    def enter(module: nn.Module, _: Any) -> None:
+        calls.setdefault(module, []).append(tuple(running))
+        running.append(module)
+
+    def leave(module: nn.Module, _: Any, output: Any) -> None:
+        running.pop()
+        if not all(isinstance(leaf, Tensor) for leaf in tree_leaves(output)):
+            others.add(module)
+
+    handles = [m.register_forward_pre_hook(enter) for m in modules] + [m.register_forward_hook(leave) for m in modules]
+    try:
+        with evaluation(pair), own_random_state(0, device_of(pair)):
+            trace_pair(pair, *to_pair(pair, tuple(tensor[:2] for tensor in batch)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [
+        module
+        for module, outer in calls.items()
+        if module not in others and any(set(above) <= others for above in outer)
+    ]
+
+
+@contextmanager
+def mixed(modules: list[nn.Module], device: torch.device) -> Iterator[None]:
+    """Run networks under torch's autocast to bfloat16, and give what they return in float32.
+
+    Products and convolutions inside a network take and give bfloat16; parameters and their gradients, what lies between
+    networks, densities and sums stay float32.
+    """
+    before = [vars(module).get("forward") for module in modules]
+    try:
+        for module in modules:
+            vars(module)["forward"] = _autocast(module.forward, device.type)
+        yield
+    finally:
+        for module, forward in zip(modules, before, strict=True):
+            del vars(module)["forward"]
+            if forward is not None:
+                vars(module)["forward"] = forward
+
+
+def _autocast(forward: Callable[..., Any], device_type: str) -> Callable[..., Any]:
+    @wraps(forward)
+    def autocast(*args: Any, **kwargs: Any) -> Any:
+        # Without the cache of rounded weights, which a recording must not find filled by another run.
+        with torch.autocast(device_type, torch.bfloat16, cache_enabled=False):
+            output = forward(*args, **kwargs)
+        return tree_map_only(Tensor, _widened, output)
+
+    return autocast
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+
+
+@contextmanager
+def float32_products(device: torch.device, tf32: bool) -> Iterator[None]:
+    """Round the operands of float32 products and convolutions on a CUDA device to TF32, or do not."""
+    if device.type != "cuda":
+        yield
+        return
+    cudnn: Any = torch.backends.cudnn
+    settings: list[Any] = [torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn]
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        for setting in settings:
+            setting.fp32_precision = "tf32" if tf32 else "ieee"
+        yield
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.fp32_precision = value
