@@ -134,7 +134,7 @@ def mse_reconstruction(x: Tensor, mean: Tensor, scale: Tensor | float, *, event_
 def documents_mse_reconstruction(x: Tensor, mean: Tensor, scale: Tensor | float, *, event_dim: int = 1) -> Tensor:
     """Return the MSE form as printed in 000 (20) and (21): k log γ + k/(2γ) · (1/k) Σ_n (x_n − x̂_n).
 
-    It is wrong twice, no square and γ for γ², and is kept for ``tests/test_errata.py``. Use
+    It is wrong twice, no square and γ for γ², and is kept for ``tests/documents/test_errata.py``. Use
     :func:`mse_reconstruction`.
     """
     size = math.prod(mean.shape[mean.dim() - event_dim :])

@@ -23,8 +23,7 @@ from pyro_vae.models import VAE, LinearGaussianVAE
 from pyro_vae.objectives.bounds import elbo
 from pyro_vae.training.captured_step import captured_step
 from pyro_vae.training.step import NonFiniteLossError, eager_step
-
-from .capture_cases import (
+from tests.support.capture_cases import (
     CASES,
     assert_same,
     batches,

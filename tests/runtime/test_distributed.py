@@ -18,8 +18,7 @@ import pyro_vae as pv
 from pyro_vae.cli.runs import load_run
 from pyro_vae.runtime.distributed import Processes
 from pyro_vae.training.run_folder import load_state
-
-from .processes_case import TRAJECTORIES, trajectory
+from tests.support.processes_case import TRAJECTORIES, trajectory
 
 # Far more than a start takes; only processes that hang meet it.
 PATIENCE = 120
@@ -27,7 +26,7 @@ TRAIN = ("-m", "pyro_vae", "train", "vae", "--data", "digits", "--latent", "2", 
 
 
 def environment(**variables: str) -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[1])} | variables
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])} | variables
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("processes")
     torchrun = (sys.executable, "-W", "error", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     done = subprocess.run(
-        [*torchrun, str(Path(__file__).with_name("processes_case.py")), str(folder)],
+        [*torchrun, str(Path(__file__).parents[1] / "support" / "processes_case.py"), str(folder)],
         env=environment(PYTHONWARNINGS="error"),
         capture_output=True,
         text=True,

@@ -16,8 +16,7 @@ import torch
 import torchvision
 
 from pyro_vae.data import data_root, load
-
-from .data_files import (
+from tests.support.data_files import (
     idx,
     no_network,  # noqa: F401
     omniglot_arrays,

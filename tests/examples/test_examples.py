@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 ARGUMENTS = {
     "plot_arviz.py": ("--epochs", "1"),
     "plot_autoencoders.py": ("--epochs", "1"),

@@ -11,7 +11,7 @@ import pytest
 
 from pyro_vae.cli import recipes
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 PAGE = (TESTS.parent / "docs" / "mathematics.md").read_text(encoding="utf-8")
 FAMILY = PAGE[PAGE.index("## 10. ") : PAGE.index("## References")]
 NAMES = {

@@ -32,13 +32,13 @@ ROWS = {
     22: "recordings bake in numbers and sizes",
     23: "Adam hides a wrong scale of the gradient",
 }
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 
 
 def numbered_tests() -> dict[int, list[str]]:
     """Return the names of the tests test_NN_… by row, from the files' own text."""
     found: dict[int, list[str]] = {}
-    for path in TESTS.glob("test_pitfalls*.py"):
+    for path in TESTS.rglob("test_pitfalls*.py"):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.FunctionDef) and (match := re.match(r"test_(\d\d)_", node.name)):
                 found.setdefault(int(match[1]), []).append(node.name)

@@ -15,8 +15,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from pyro_vae.data import NAMES, DataSet, binarise, dequantise, load, subset_after_shuffle
-
-from .data_files import (
+from tests.support.data_files import (
     cifar_images,
     contents,
     labels_of,
@@ -32,7 +31,7 @@ from .data_files import (
     write_omniglot,
 )
 
-SHARED_DATA = Path(os.environ.get("PYRO_VAE_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
+SHARED_DATA = Path(os.environ.get("PYRO_VAE_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")
 MNIST_LIKE = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}
 # Class sizes of MNIST's test set, in the order of the digits.
 TEST_COUNTS = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]

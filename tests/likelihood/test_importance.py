@@ -15,8 +15,7 @@ import pyro_vae as pv
 from pyro_vae.likelihood.estimate import quantity_of
 from pyro_vae.models import SRVAE, VAE, LinearGaussianMixtureVAE, LinearGaussianVAE, LinearTwoStageVAE
 from pyro_vae.runtime.memory import CountBytes, chunk_sizes
-
-from .off_guides import WrongScale
+from tests.support.off_guides import WrongScale
 
 # Cholesky factors of small, well-conditioned matrices: rounding stays below 1e-11 relative.
 ROUNDING = {"rtol": 1e-10, "atol": 1e-10}

@@ -20,9 +20,8 @@ from pyro_vae.models import LinearGaussianVAE
 from pyro_vae.runtime.batches import Batches
 from pyro_vae.training.captured_step import captured_step
 from pyro_vae.training.step import NonFiniteLossError
-
-from .capture_cases import CASES, batches, binary, small_vae
-from .taken_down import RATE, StandIn, assert_same, fused_adam, sgd, taken
+from tests.support.capture_cases import CASES, batches, binary, small_vae
+from tests.support.taken_down import RATE, StandIn, assert_same, fused_adam, sgd, taken
 
 # What of a recording no graph can hold
 

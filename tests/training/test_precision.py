@@ -20,8 +20,7 @@ from pyro_vae.runtime.files import read_json
 from pyro_vae.training.captured_step import captured_step
 from pyro_vae.training.precision import mixed, networks
 from pyro_vae.training.step import Step, eager_step
-
-from .capture_cases import CASES, batches
+from tests.support.capture_cases import CASES, batches
 
 CPU = torch.device("cpu")
 # Eight significant bits, rounded to nearest.

@@ -19,10 +19,9 @@ from pyro_vae.capture import cuda_graph as cuda_graphs
 from pyro_vae.capture.cuda_graph import WARM_UPS, GraphedStep
 from pyro_vae.models import VAE
 from pyro_vae.training.captured_step import captured_step
-
-from .capture_cases import CASES, batches, binary, small_vae
-from .taken_down import RATE, StandIn, assert_graphed_is_not, assert_same, fused_adam, sgd, taken
-from .test_capture import Averaged, Tempered
+from tests.support.capture_cases import CASES, batches, binary, small_vae
+from tests.support.taken_down import RATE, StandIn, assert_graphed_is_not, assert_same, fused_adam, sgd, taken
+from tests.training.test_captured_step import Averaged, Tempered
 
 # The same numbers
 

@@ -17,8 +17,7 @@ from pyro_vae.likelihood import captured as chunks
 from pyro_vae.models import VAE
 from pyro_vae.networks.mlp import MLP
 from pyro_vae.pair.modes import evaluation
-
-from .capture_cases import CASES, batches
+from tests.support.capture_cases import CASES, batches
 
 ALWAYS: Any = {"num_particles": 3, "memory": 2**20, "capture": True}
 

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 import pyro_vae as pv
-
-from .off_guides import WrongScale
+from tests.support.off_guides import WrongScale
 
 # So little memory that 60 data are cut into several chunks, with one particle at a time.
 SETTINGS: dict[str, Any] = {"num_particles": 30, "memory": 9_000, "seed": 3}

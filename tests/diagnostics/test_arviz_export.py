@@ -17,8 +17,7 @@ from torch import Tensor
 import pyro_vae as pv
 from pyro_vae.diagnostics.arviz_export import _assemble
 from pyro_vae.models import VAE, LinearGaussianMixtureVAE, LinearGaussianVAE
-
-from .off_guides import WrongScale
+from tests.support.off_guides import WrongScale
 
 with warnings.catch_warnings():
     # ArviZ 0.23 announces its successor when it is imported.

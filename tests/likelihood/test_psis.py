@@ -15,8 +15,7 @@ import pyro_vae as pv
 from pyro_vae.likelihood.psis import fit_pareto, pareto_tail, tail_size, trust_threshold
 from pyro_vae.likelihood.weights import WeightStream, WeightSummary
 from pyro_vae.models import LinearGaussianMixtureVAE, LinearGaussianVAE
-
-from .off_guides import WrongScale
+from tests.support.off_guides import WrongScale
 
 ROUNDING = {"rtol": 1e-10, "atol": 1e-10}
 

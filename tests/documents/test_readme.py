@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_tables_are_rendered_from_the_kept_results(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,7 @@ from pyro_vae.cli.main import main
 from pyro_vae.cli.runs import load_run
 from pyro_vae.data import DataSet
 from pyro_vae.training.run_folder import load_state
-
-from .cli_cases import SMALL, error
+from tests.support.cli_cases import SMALL, error
 
 
 @pytest.fixture(autouse=True)

@@ -18,8 +18,7 @@ import pyro_vae as pv
 from pyro_vae.objectives.bounds import elbo, iwae
 from pyro_vae.training.captured_step import captured_step
 from pyro_vae.training.step import NonFiniteLossError, eager_step
-
-from .capture_cases import (
+from tests.support.capture_cases import (
     CASES,
     assert_captured_is_eager,
     assert_same,

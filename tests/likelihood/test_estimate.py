@@ -19,8 +19,7 @@ from pyro_vae.likelihood.estimate import likelihood_notes, likelihood_rows
 from pyro_vae.models import LinearGaussianVAE
 from pyro_vae.report.files import forget_likelihood, record_likelihood
 from pyro_vae.report.likelihood_figures import LIKELIHOOD_FIGURES, likelihood_curve, pareto_k
-
-from .off_guides import WrongScale
+from tests.support.off_guides import WrongScale
 
 
 def made_up(**changed: Any) -> pv.LogLikelihood:

@@ -24,8 +24,7 @@ from pyro_vae.likelihood.estimate import likelihood_rows
 from pyro_vae.likelihood.saved_chunks import KeptChunks
 from pyro_vae.training.fit import fit
 from pyro_vae.training.run_folder import load_state
-
-from .cli_cases import SMALL, error
+from tests.support.cli_cases import SMALL, error
 
 
 @pytest.fixture(autouse=True)
