@@ -26,12 +26,13 @@ from torch import Tensor
 
 import pyro_vae as pv
 from pyro_vae.networks.mlp import MLP
+from pyro_vae.pair.inspection import inspect
 from pyro_vae.pair.modes import evaluation
-from pyro_vae.pair.terms import log_terms
+from pyro_vae.pair.trace import log_terms
 from pyro_vae.runtime.device import resolve_device
 from pyro_vae.runtime.random_state import own_random_state
 from pyro_vae.training.captured_step import captured_step
-from pyro_vae.training.precision import Precision, float32_products, mixed, networks, to_precision
+from pyro_vae.training.precision import Precision, float32_products, mixed, to_precision
 
 PIXELS, HIDDEN, LATENT = 784, 400, 20
 CHUNK = 1000
@@ -121,7 +122,7 @@ def step_times(cases: dict[str, Case], x: Tensor, device: torch.device) -> dict[
         pair = to_precision(make_pair(case), case.precision).to(device)
         own = to_precision(x, case.precision).to(device)
         optimizer = torch.optim.Adam(pair.parameters(), lr=1e-3, fused=True)
-        narrow = networks(pair, (own,)) if case.precision == "bf16-mixed" else []
+        narrow = list(inspect(pair, (own,)).networks) if case.precision == "bf16-mixed" else []
         steps[name] = captured_step(pair, Trace_ELBO(), optimizer, compiled=True), own, narrow
     for turn in range(1 + TURNS):
         for name, (step, own, narrow) in steps.items():

@@ -14,8 +14,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 import pyro_vae as pv
 from pyro_vae.networks.mlp import MLP
+from pyro_vae.pair.inspection import inspect
 from pyro_vae.training.captured_step import captured_step
-from pyro_vae.training.precision import mixed, networks
+from pyro_vae.training.precision import mixed
 from pyro_vae.training.step import eager_step
 
 PIXELS = 784
@@ -96,7 +97,7 @@ def eager(pair: pv.Pair) -> Row:
 
 def in_bf16(pair: pv.Pair) -> Row:
     """Return the captured step with its networks in bfloat16, as ``fit(precision="bf16-mixed")`` takes it."""
-    modules = networks(pair, (torch.zeros(2, *pair.x_shape, device=DEVICE),))
+    modules = list(inspect(pair, (torch.zeros(2, *pair.x_shape, device=DEVICE),)).networks)
     step = captured(pair, compiled=True)
 
     def mixed_step(x: Tensor) -> object:

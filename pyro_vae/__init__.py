@@ -30,7 +30,8 @@ from pyro_vae.objectives.dreg import DReG
 from pyro_vae.objectives.total_correlation import DivergenceSplit, TotalCorrelationELBO, divergence_split
 from pyro_vae.pair.annealed import Annealed, advance
 from pyro_vae.pair.pair import Pair
-from pyro_vae.pair.terms import LogTerms, SiteTerms, log_terms, site_terms
+from pyro_vae.pair.terms import LogTerms, SiteTerms
+from pyro_vae.pair.trace import log_terms, site_terms
 from pyro_vae.predict.generate import generate
 from pyro_vae.predict.imputation import impute
 from pyro_vae.predict.posterior import posterior, reconstruct

@@ -6,24 +6,13 @@ from typing import Literal, NamedTuple
 
 import pyro
 import torch
-from pyro import poutine
 from pyro.distributions import MixtureSameFamily
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vae.pair.checks import check_batch
 from pyro_vae.pair.modes import device_of, evaluation, rehearsal, to_pair
 from pyro_vae.pair.pair import Pair
-from pyro_vae.pair.terms import log_terms
-from pyro_vae.pair.trace import (
-    bare,
-    check_measures,
-    particle_dim,
-    point_masses,
-    sample_sites,
-    site_log_prob,
-    trace_pair,
-)
+from pyro_vae.pair.trace import PairTrace, check_measures, log_terms, run_guide, run_model, trace_pair
 from pyro_vae.runtime.random_state import own_random_state
 
 __all__ = ["Finding", "PairContract", "check_pair"]
@@ -70,11 +59,11 @@ def check_pair(pair: Pair, batch: Tensor | tuple[Tensor, ...]) -> list[Finding]:
     with own_random_state(0, device_of(pair)):
         stored = set(pyro.get_param_store())
         with evaluation(pair), torch.inference_mode(False), torch.no_grad():
-            guide, model = trace_pair(pair, *batch)
-            _check_plates(pair, guide, model)
-            check_measures(guide, model)
-            _check_reads_x_only_as_obs(pair, batch, guide)
-            if _couples(pair, batch, guide):
+            trace = trace_pair(pair, *batch)
+            _check_plates(trace)
+            check_measures(trace)
+            _check_reads_x_only_as_obs(pair, batch, trace)
+            if _couples(pair, batch, trace):
                 raise ValueError(
                     "data are coupled: one datum's terms change with the others of its batch, so that they are not per "
                     "datum; use LayerNorm or GroupNorm for BatchNorm, and no statistics over the batch"
@@ -87,7 +76,7 @@ def check_pair(pair: Pair, batch: Tensor | tuple[Tensor, ...]) -> list[Finding]:
             *_untrainable(pair, batch),
             *_without_gradient(pair, batch),
             *_coupled_in_training(pair, batch),
-            *_joint(guide, model),
+            *_joint(trace),
         ]
 
 
@@ -120,7 +109,7 @@ class PairContract:
         """Log-terms are (K, B)."""
         batch = self.make_batch()
         terms = log_terms(self.make_pair(), *batch, num_particles=3)
-        assert all(term.shape == (3, len(batch[0])) for term in terms)
+        assert all(term.shape == (3, len(batch[0])) for term in (terms.log_lik, terms.log_prior, terms.log_guide))
         assert terms.log_weights.shape == (3, len(batch[0]))
 
     def test_nothing_in_the_store(self) -> None:
@@ -132,32 +121,31 @@ class PairContract:
         assert set(pyro.get_param_store()) == before
 
 
-def _check_plates(pair: Pair, guide: Trace, model: Trace) -> None:
-    dim = particle_dim(pair)
-    for trace in (guide, model):
-        for name, site in sample_sites(trace).items():
-            site_log_prob(site, dim)
-            if not isinstance(site["scale"], (int, float)) or site["scale"] != 1:
-                raise ValueError(f"site '{name}' is scaled inside the pair: leave scales to training (beta) and Pyro")
-    if not any(site["is_observed"] for site in sample_sites(model).values()):
+def _check_plates(trace: PairTrace) -> None:
+    for site in (*trace.guide.values(), *trace.model.values()):
+        # Raises for a site outside the data plate.
+        _ = site.log_prob
+        if site.is_scaled:
+            raise ValueError(f"site '{site.name}' is scaled inside the pair: leave scales to training (beta) and Pyro")
+    if not any(site.is_observed for site in trace.model.values()):
         raise ValueError("the model observes nothing: pass obs=x at the data's site")
 
 
-def _check_reads_x_only_as_obs(pair: Pair, batch: tuple[Tensor, ...], guide: Trace) -> None:
+def _check_reads_x_only_as_obs(pair: Pair, batch: tuple[Tensor, ...], trace: PairTrace) -> None:
     """Run the model on other data with the same latents: no distribution may change."""
     x = batch[0]
     # NaN spreads from whatever reads it; integers have none, so they move on by one datum.
     other = torch.full_like(x, torch.nan) if x.is_floating_point() else x.roll(1, 0)
-    traces = []
+    values = {name: site.drawn for name, site in trace.guide.items()}
+    runs = []
     for data in (x, other):
-        with pyro.plate("particles", 1, dim=particle_dim(pair)), pyro.validation_enabled(False):
-            model = poutine.uncondition(poutine.replay(type(pair).model, trace=guide))
-            torch.manual_seed(0)
-            traces.append(sample_sites(poutine.trace(model).get_trace(pair, data, *batch[1:])))
-    for name, site in traces[0].items():
         with pyro.validation_enabled(False):
-            value = site["infer"]["obs"] if site["infer"].get("was_observed") else site["value"]
-            same = torch.equal(site["fn"].log_prob(value), traces[1][name]["fn"].log_prob(value))
+            torch.manual_seed(0)
+            runs.append(run_model(pair, data, *batch[1:], num_particles=1, values=values, observe=False))
+    for name, site in runs[0].items():
+        with pyro.validation_enabled(False):
+            value = site.drawn if site.observation is None else site.observation
+            same = torch.equal(site.fn.log_prob(value), runs[1][name].fn.log_prob(value))
         if not same:
             raise ValueError(
                 f"the model reads x outside obs=: the distribution at site '{name}' changes with it, so that x is not "
@@ -165,52 +153,51 @@ def _check_reads_x_only_as_obs(pair: Pair, batch: tuple[Tensor, ...], guide: Tra
             )
 
 
-def _couples(pair: Pair, batch: tuple[Tensor, ...], guide: Trace) -> bool:
+def _couples(pair: Pair, batch: tuple[Tensor, ...], trace: PairTrace) -> bool:
     """Score the same latents with copies of the first datum in place of the others: its terms may not change."""
     copies = tuple(tensor[:1].expand_as(tensor) for tensor in batch)
+    values = {name: site.drawn for name, site in trace.guide.items()}
     first = []
     for data in (batch, copies):
-        with pyro.plate("particles", 1, dim=particle_dim(pair)), pyro.validation_enabled(False):
-            first.append(torch.stack([term[..., 0].squeeze() for term in _rescored(pair, data, guide)]))
+        with pyro.validation_enabled(False):
+            first.append(torch.stack([term[..., 0].squeeze() for term in _rescored(pair, data, values)]))
     # Products over another batch may be summed in another order: a few hundred roundings.
     eps = 1000 * torch.finfo(first[0].dtype).eps
     return not torch.allclose(first[0], first[1], rtol=eps, atol=eps, equal_nan=True)
 
 
-def _rescored(pair: Pair, batch: tuple[Tensor, ...], guide: Trace) -> list[Tensor]:
-    """Return both programs' log-densities, site by site, at the latents of a trace.
+def _rescored(pair: Pair, batch: tuple[Tensor, ...], values: dict[str, Tensor]) -> list[Tensor]:
+    """Return both programs' log-densities, site by site, at given latents.
 
     A flow without an inverse scores its own draws only: the guide then draws again, from one seed, so that the first
     datum has the same noise whatever the others are.
     """
-    dim = particle_dim(pair)
-    for latents in (guide, None):
+    for latents in (values, None):
         torch.manual_seed(0)
-        q = poutine.trace(type(pair).guide if latents is None else poutine.replay(type(pair).guide, trace=latents))
-        drawn = q.get_trace(pair, *batch)
+        guide = run_guide(pair, *batch, num_particles=1, values=latents)
         try:
-            terms = [site_log_prob(site, dim) for site in sample_sites(drawn).values()]
+            terms = [site.log_prob for site in guide.values()]
             break
         except (KeyError, NotImplementedError):
             if latents is None:
                 raise
-    model = poutine.trace(poutine.replay(type(pair).model, trace=drawn)).get_trace(pair, *batch)
-    return terms + [site_log_prob(site, dim) for site in sample_sites(model).values()]
+    drawn = {name: site.drawn for name, site in guide.items()}
+    model = run_model(pair, *batch, num_particles=1, values=drawn)
+    return terms + [site.log_prob for site in model.values()]
 
 
 def _untrainable(pair: Pair, batch: tuple[Tensor, ...]) -> list[Finding]:
     findings = []
     with rehearsal(pair):
-        guide, _ = trace_pair(pair, *batch)
-    for name, site in sample_sites(guide).items():
-        if site["fn"].has_rsample:
+        trace = trace_pair(pair, *batch)
+    for name, site in trace.guide.items():
+        if site.is_reparameterised:
             continue
-        distribution = bare(site["fn"])
-        if isinstance(distribution, MixtureSameFamily):
+        if isinstance(site.bare, MixtureSameFamily):
             advice = "a mixture has no rsample: make its component a site of model and guide, or use a flow"
         else:
             advice = (
-                f"{type(distribution).__name__} has no rsample: train with Trace_ELBO, TraceGraph_ELBO or "
+                f"{site.family} has no rsample: train with Trace_ELBO, TraceGraph_ELBO or "
                 "TraceEnum_ELBO, or relax it (RelaxedOneHotCategorical)"
             )
         findings.append(Finding("not trainable this way", name, advice))
@@ -243,8 +230,7 @@ def _coupled_in_training(pair: Pair, batch: tuple[Tensor, ...]) -> list[Finding]
     try:
         pair.train()
         with torch.no_grad():
-            guide, _ = trace_pair(pair, *batch)
-            coupled = _couples(pair, batch, guide)
+            coupled = _couples(pair, batch, trace_pair(pair, *batch))
     finally:
         pair.load_state_dict(buffers)
         for module, flag in flags.items():
@@ -258,7 +244,7 @@ def _coupled_in_training(pair: Pair, batch: tuple[Tensor, ...]) -> list[Finding]
     return [Finding("not trainable this way", "", message)]
 
 
-def _joint(guide: Trace, model: Trace) -> list[Finding]:
+def _joint(trace: PairTrace) -> list[Finding]:
     return [
         Finding(
             "not log p(x)",
@@ -266,6 +252,6 @@ def _joint(guide: Trace, model: Trace) -> list[Finding]:
             f"the guide fixes the continuous site '{name}' to a point mass: the bound is on the joint "
             f"log p(x, {name}), which depends on its unit; make it a latent with a density, or discrete",
         )
-        for name in sorted(point_masses(guide))
-        if not sample_sites(model)[name]["fn"].support.is_discrete
+        for name in sorted(trace.point_masses)
+        if not trace.model[name].is_discrete
     ]

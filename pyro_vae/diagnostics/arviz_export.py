@@ -7,19 +7,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from pyro import poutine
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vae._version import __version__
-from pyro_vae.likelihood.estimate import LogLikelihood, quantity_of
+from pyro_vae.likelihood.estimate import LogLikelihood
 from pyro_vae.likelihood.psis import trust_threshold
 from pyro_vae.likelihood.weights import WeightStream, WeightSummary
-from pyro_vae.pair.checks import check_batch, check_support
+from pyro_vae.pair.inspection import inspect
 from pyro_vae.pair.modes import device_of, evaluation, to_pair
 from pyro_vae.pair.pair import Pair
-from pyro_vae.pair.terms import sum_terms
-from pyro_vae.pair.trace import particle_dim, particle_plate, point_masses, sample_sites, trace_pair, whole_value
+from pyro_vae.pair.site import DATA, PARTICLES, Site
+from pyro_vae.pair.trace import PairTrace, run_model, trace_pair
 from pyro_vae.runtime.memory import MEBIBYTE, chunk_sizes
 from pyro_vae.runtime.random_state import own_random_state
 
@@ -89,15 +87,13 @@ def to_arviz(
     >>> dict(data.posterior["z"].sizes)
     {'chain': 1, 'draw': 20, 'datum': 3, 'z_dim_0': 2}
     """
-    check_batch(pair, batch)
-    check_support(pair, batch, "x")
     if not 1 <= num_draws <= num_particles:
         raise ValueError(
             f"num_draws is {num_draws}, num_particles {num_particles}: draws are taken among the particles, at least "
             "one and no more than there are"
         )
+    quantity = inspect(pair, batch).quantity
     device, batch = device_of(pair), to_pair(pair, batch)
-    quantity = quantity_of(pair, *batch)
     with evaluation(pair), torch.inference_mode(False), torch.no_grad(), own_random_state(seed, device):
         exporter = _Exporter(pair, num_particles, num_draws)
         data, exporter.chunk = chunk_sizes(exporter.propose, batch, num_particles, memory)
@@ -179,10 +175,10 @@ class _Exporter:
     def __init__(self, pair: Pair, num_particles: int, num_draws: int) -> None:
         self.pair, self.num_particles, self.num_draws, self.chunk = pair, num_particles, num_draws, 1
 
-    def propose(self, batch: tuple[Tensor, ...], size: int) -> tuple[Trace, Trace, Tensor]:
-        """Return the guide's trace, the model's, and log-weights (size, b)."""
-        guide, model = trace_pair(self.pair, *batch, num_particles=size)
-        return guide, model, sum_terms(guide, model, particle_dim(self.pair)).log_weights
+    def propose(self, batch: tuple[Tensor, ...], size: int) -> tuple[PairTrace, Tensor]:
+        """Return a run of guide and model, and its log-weights (size, b)."""
+        trace = trace_pair(self.pair, *batch, num_particles=size)
+        return trace, trace.terms.log_weights
 
     def export(self, batch: tuple[Tensor, ...], first: int) -> _Part:
         """Return everything about some data, the first of which has this index among all."""
@@ -190,11 +186,11 @@ class _Exporter:
         values: dict[str, list[Tensor]] = {}
         parts = []
         for size in self._chunks(self.num_particles):
-            guide, model, weights = self.propose(batch, size)
+            trace, weights = self.propose(batch, size)
             stream.add(weights)
             parts.append(weights.double())
-            for name, site in sample_sites(guide).items():
-                values.setdefault(name, []).append(whole_value(site))
+            for name, site in trace.guide.items():
+                values.setdefault(name, []).append(site.value)
         summary = stream.summary()
         if (bad := ~torch.isfinite(summary.log_mean)).any():
             raise ValueError(
@@ -203,13 +199,13 @@ class _Exporter:
             )
         log_weights = torch.cat(parts)
         particle = _resample(log_weights, self.num_draws)
-        sites, fixed = sample_sites(guide), point_masses(guide)
-        draws = {name: _take(torch.cat(values[name]), particle, _axes(site)) for name, site in sites.items()}
+        data = torch.arange(len(batch[0]), device=particle.device)
+        draws = {name: torch.cat(parts)[particle, data] for name, parts in values.items()}
         return _Part(
-            {name: _named(draws[name], sites[name]) for name in draws if name not in fixed},
-            self._predict(batch, draws),
-            {name: _named(site["value"], site) for name, site in sample_sites(model).items() if site["is_observed"]},
-            {name: _named(draws[name][0], sites[name]) for name in draws if name in fixed},
+            {name: _named(draws[name], site) for name, site in trace.latents.items()},
+            self._predict(batch, draws, trace),
+            {name: _unvarying(site.value, site) for name, site in trace.model.items() if site.is_observed},
+            {name: _unvarying(draws[name], trace.guide[name]) for name in draws if name in trace.point_masses},
             log_weights,
             particle,
             summary,
@@ -218,17 +214,15 @@ class _Exporter:
     def _chunks(self, total: int) -> list[int]:
         return [min(self.chunk, total - start) for start in range(0, total, self.chunk)]
 
-    def _predict(self, batch: tuple[Tensor, ...], draws: dict[str, Tensor]) -> dict[str, _Named]:
+    def _predict(self, batch: tuple[Tensor, ...], draws: dict[str, Tensor], trace: PairTrace) -> dict[str, _Named]:
         """Draw what is observed anew, given the latents."""
         found: dict[str, list[Tensor]] = {}
         start = 0
         for size in self._chunks(self.num_draws):
-            some = {name: value[start : start + size] for name, value in draws.items()}
-            model = poutine.condition(poutine.uncondition(type(self.pair).model), data=some)
-            with particle_plate(self.pair, size):
-                sites = sample_sites(poutine.trace(model).get_trace(self.pair, *batch))
+            some = {name: trace.guide[name].as_drawn(value[start : start + size]) for name, value in draws.items()}
+            sites = run_model(self.pair, *batch, num_particles=size, values=some, observe=False)
             for name in sites.keys() - draws.keys():
-                found.setdefault(name, []).append(whole_value(sites[name]))
+                found.setdefault(name, []).append(sites[name].value)
             start += size
         return {name: _named(torch.cat(parts), sites[name]) for name, parts in found.items()}
 
@@ -244,28 +238,18 @@ def _resample(log_weights: Tensor, num_draws: int) -> Tensor:
     return found.clamp(max=len(cumulative) - 1)
 
 
-def _take(particles: Tensor, chosen: Tensor, axes: tuple[str | None, ...]) -> Tensor:
-    """Return the chosen particles (S, B) of each datum, laid out as the particles are."""
-    datum = axes.index("datum")
-    by_datum = particles.movedim(datum, 1)
-    return by_datum[chosen, torch.arange(by_datum.shape[1], device=chosen.device)].movedim(1, datum)
-
-
-def _axes(site: Any) -> tuple[str | None, ...]:
-    """Return the names of a site's axes with all its plates, None for one that it does not vary along."""
-    plates = {frame.dim: frame.name for frame in site["cond_indep_stack"] if frame.dim is not None}
-    names = {"particles": "draw", "data": "datum"}
-    batch = [names.get(plates[dim], plates[dim]) if dim in plates else None for dim in range(min(plates), 0)]
-    count = len(site["fn"].event_shape)
+def _named(value: Tensor, site: Site) -> _Named:
+    """Name the axes of a value laid out as the site's own: draws, data, the pair's plates, the event."""
+    names = {PARTICLES: "draw", DATA: "datum"}
+    count = len(site.fn.event_shape)
     event = IMAGE_AXES if count == 3 else [f"dim_{i}" for i in range(count)]
-    return (*batch, *(f"{site['name']}_{axis}" for axis in event))
+    return _Named(value, (*(names.get(p, p) for p in site.plates), *(f"{site.name}_{axis}" for axis in event)))
 
 
-def _named(value: Tensor, site: Any) -> _Named:
-    # What is observed or fixed has no axis of draws, the leftmost.
-    axes = _axes(site)[-value.dim() :]
-    idle = tuple(i for i, axis in enumerate(axes) if axis is None)
-    return _Named(value.squeeze(idle), tuple(axis for axis in axes if axis is not None))
+def _unvarying(value: Tensor, site: Site) -> _Named:
+    """Name the axes of a value that is the same at every draw, and so has no axis of draws."""
+    named = _named(value, site)
+    return _Named(named.value[0], named.dims[1:])
 
 
 def _groups(parts: list[_Part], conditions: tuple[Tensor, ...], num_particles: int, quantity: str) -> dict[str, Any]:

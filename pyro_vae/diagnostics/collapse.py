@@ -12,10 +12,11 @@ from torch.distributions import Categorical, Normal
 from pyro_vae.conditionals.scales import Scale
 from pyro_vae.diagnostics.mutual_information import MutualInformation, mutual_information
 from pyro_vae.distributions.mixtures import GaussianMixture
-from pyro_vae.pair.checks import check_batch, check_support
+from pyro_vae.pair.inspection import inspect
 from pyro_vae.pair.modes import device_of, evaluation, to_pair
 from pyro_vae.pair.pair import Pair
-from pyro_vae.pair.trace import bare, particle_dim, point_masses, sample_sites, site_log_prob, trace_pair
+from pyro_vae.pair.site import Site
+from pyro_vae.pair.trace import PairTrace, trace_pair
 from pyro_vae.runtime.memory import CHUNK
 from pyro_vae.runtime.random_state import own_random_state
 
@@ -103,31 +104,26 @@ def collapse_report(pair: Pair, *batch: Tensor, num_particles: int = 10, seed: i
     >>> collapse_report(pv.models.VAE((4,), pv.StandardNormal(3)), torch.randn(8, 4)).sites["z"].active.shape
     torch.Size([3])
     """
-    check_batch(pair, batch)
+    inspect(pair, batch)
     if num_particles < 2 or len(batch[0]) < 2:
         raise ValueError(
             f"{len(batch[0])} data and num_particles {num_particles}: variances over data and draws need two of each"
         )
-    check_support(pair, batch, "x")
     device, batch = device_of(pair), to_pair(pair, batch)
     collected: dict[str, list[_Part]] = {}
     noise: dict[str, float] = {}
     with evaluation(pair), torch.inference_mode(False), torch.no_grad(), own_random_state(seed, device):
         for rows in torch.arange(len(batch[0]), device=device).split(CHUNK):
-            guide, model = trace_pair(pair, *(tensor[rows] for tensor in batch), num_particles=num_particles)
-            fixed = point_masses(guide)
-            sites = sample_sites(model)
-            for name, site in sample_sites(guide).items():
-                if name not in fixed:
-                    part = _look_at(site, sites[name], particle_dim(pair), (num_particles, len(rows)))
-                    collected.setdefault(name, []).append(part)
+            trace = trace_pair(pair, *(tensor[rows] for tensor in batch), num_particles=num_particles)
+            for name, site in trace.latents.items():
+                collected.setdefault(name, []).append(_look_at(site, trace.model[name], (num_particles, len(rows))))
             # Shared by all data, so that the last chunk has it too.
-            noise = _noise(sites, fixed)
+            noise = _noise(trace)
         information = mutual_information(pair, batch)
     reports = {name: _summarise(parts, num_particles) for name, parts in collected.items()}
     lines = [line for name, report in reports.items() for line in _describe(name, report)]
     # A prior that sees the data, through a point mass or a condition, bounds another information than this one.
-    total = sum(report.kl for report in reports.values()) if not fixed and len(batch) == 1 else None
+    total = sum(report.kl for report in reports.values()) if not trace.point_masses and len(batch) == 1 else None
     lines += _describe_information(information, total) + _describe_noise(noise)
     return CollapseReport(reports, information, noise, tuple(lines))
 
@@ -150,16 +146,14 @@ def noise_modules(pair: Pair, *batch: Tensor) -> dict[str, str]:
     hooks = [m.register_forward_hook(keep(name)) for name, m in pair.named_modules() if isinstance(m, Scale)]
     try:
         with evaluation(pair), own_random_state(0, device_of(pair)):
-            guide, model = trace_pair(pair, *to_pair(pair, tuple(tensor[:2] for tensor in batch)))
-            fixed = point_masses(guide)
-            data = {name: bare(site["fn"]) for name, site in _data_sites(sample_sites(model), fixed).items()}
+            trace = trace_pair(pair, *to_pair(pair, tuple(tensor[:2] for tensor in batch)))
     finally:
         for hook in hooks:
             hook.remove()
     # A distribution keeps an expanded view of the scale that it was given.
     return {
         site: module
-        for site, fn in data.items()
+        for site, fn in ((name, site.bare) for name, site in trace.data_sites.items())
         for module, output in outputs.items()
         if isinstance(fn, Normal) and fn.scale.data_ptr() == output.data_ptr()
     }
@@ -169,17 +163,13 @@ def _plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, Tensor) else value
 
 
-def _data_sites(sites: dict[str, Any], fixed: set[str]) -> dict[str, Any]:
-    return {name: site for name, site in sites.items() if site["is_observed"] or name in fixed}
-
-
-def _noise(sites: dict[str, Any], fixed: set[str]) -> dict[str, float]:
+def _noise(trace: PairTrace) -> dict[str, float]:
     """Return γ of each data site that is Gaussian with one standard deviation for all data and draws."""
     noise = {}
-    for name, site in _data_sites(sites, fixed).items():
-        fn = bare(site["fn"])
+    for name, site in trace.data_sites.items():
+        fn = site.bare
         if isinstance(fn, Normal):
-            entries = fn.scale.reshape(-1, *site["fn"].event_shape)
+            entries = fn.scale.reshape(-1, *site.fn.event_shape)
             if (entries == entries[:1]).all():
                 noise[name] = float(entries[0].mean())
     return noise
@@ -196,53 +186,46 @@ class _Part(NamedTuple):
     usage: Tensor | None
 
 
-def _look_at(guide: Any, model: Any, dim: int, leading: tuple[int, int]) -> _Part:
-    q, p = guide["fn"], model["fn"]
-    per_dimension = _diagonal_kl(q, p)
+def _look_at(guide: Site, model: Site, leading: tuple[int, int]) -> _Part:
+    per_dimension = _diagonal_kl(guide.bare, model.bare)
     if per_dimension is not None:
-        per_dimension = _by_datum(per_dimension, guide, leading).mean(0)
+        per_dimension = _by_datum(per_dimension, guide).mean(0)
         kl = per_dimension.sum(-1)
     else:
-        kl = (site_log_prob(guide, dim) - site_log_prob(model, dim)).expand(leading).mean(0)
+        kl = (guide.log_prob - model.log_prob).expand(leading).mean(0)
     mean = spread = usage = None
-    if not q.support.is_discrete:
-        centres = _by_datum(_centre(guide), guide, leading)
+    if not guide.is_discrete:
+        centres = _by_datum(_centre(guide), guide)
         mean, spread = centres.mean(0), centres.var(0)
-    if isinstance(bare(p), GaussianMixture):
-        mixture = bare(p)
+    mixture = model.bare
+    if isinstance(mixture, GaussianMixture):
         log_joint = mixture.mixture_distribution.logits
-        log_joint = log_joint + mixture.component_distribution.log_prob(guide["value"].unsqueeze(-2))
-        usage = _by_datum(log_joint.softmax(-1), guide, leading, event_dim=1).mean(0)
-    elif isinstance(bare(q), Categorical):
-        usage = _by_datum(bare(q).probs, guide, leading, event_dim=1).mean(0)
+        log_joint = log_joint + mixture.component_distribution.log_prob(guide.drawn.unsqueeze(-2))
+        usage = _by_datum(log_joint.softmax(-1), guide, event_dim=1).mean(0)
+    elif isinstance(guide.bare, Categorical):
+        usage = _by_datum(guide.bare.probs, guide, event_dim=1).mean(0)
     return _Part(kl, per_dimension, mean, spread, usage)
 
 
 def _diagonal_kl(q: Any, p: Any) -> Tensor | None:
     """Return the divergence entry by entry, or None unless both are independent univariate Gaussians."""
-    q, p = bare(q), bare(p)
     if not isinstance(q, Normal) or not isinstance(p, Normal):
         return None
     ratio = (q.scale**2 + (q.loc - p.loc) ** 2) / (2 * p.scale**2)
     return torch.log(p.scale / q.scale) + ratio - 0.5
 
 
-def _centre(site: Any) -> Tensor:
+def _centre(site: Site) -> Tensor:
     """Return the posterior's mean, or its draws where no mean is known."""
     try:
-        return site["fn"].mean
+        return site.fn.mean
     except NotImplementedError:
-        return site["value"]
+        return site.drawn
 
 
-def _by_datum(values: Tensor, site: Any, leading: tuple[int, int], event_dim: int | None = None) -> Tensor:
+def _by_datum(values: Tensor, site: Site, event_dim: int | None = None) -> Tensor:
     """Lay values of one number per entry out as (K, B, entries), plates of the pair's own among the entries."""
-    event_dim = site["fn"].event_dim if event_dim is None else event_dim
-    dims = {frame.name: frame.dim - event_dim for frame in site["cond_indep_stack"]}
-    while values.dim() < -dims["particles"]:
-        values = values.unsqueeze(0)
-    values = values.movedim((dims["particles"], dims["data"]), (0, 1))
-    return values.expand(*leading, *values.shape[2:]).reshape(*leading, -1)
+    return site.lay_out(values, event_dim).flatten(2)
 
 
 def _summarise(parts: list[_Part], num_particles: int) -> SiteReport:

@@ -6,7 +6,7 @@ another estimator do not compare.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ from torch import Tensor
 from pyro_vae.pair.checks import check_batch
 from pyro_vae.pair.modes import evaluation, to_pair
 from pyro_vae.pair.pair import Pair
-from pyro_vae.pair.trace import bare, sample_sites, trace_pair
+from pyro_vae.pair.site import Site
+from pyro_vae.pair.trace import trace_pair
 from pyro_vae.runtime.memory import CHUNK
 
 __all__ = ["MutualInformationGap", "beta_vae_metric", "latent_means", "mutual_information_gap"]
@@ -52,22 +53,23 @@ def latent_means(pair: Pair, *batch: Tensor, site: str = "z") -> Tensor:
     batch, means = to_pair(pair, batch), []
     with evaluation(pair):
         for rows in torch.arange(len(batch[0]), device=batch[0].device).split(CHUNK):
-            sites = sample_sites(trace_pair(pair, *(tensor[rows] for tensor in batch))[0])
+            sites = trace_pair(pair, *(tensor[rows] for tensor in batch)).guide
             if site not in sites:
                 raise ValueError(f"the guide has no site '{site}'; it has {sorted(sites)}")
             means.append(_mean(sites[site]).flatten(0, -2))
     return torch.cat(means).clone()
 
 
-def _mean(site: Any) -> Tensor:
-    name, q = site["name"], site["fn"]
+def _mean(site: Site) -> Tensor:
+    name, q = site.name, site.fn
     if q.event_dim != 1:
         raise ValueError(f"the guide's site '{name}' is no vector but has events of shape {tuple(q.event_shape)}")
     try:
-        return q.mean
+        mean: Tensor = q.mean
+        return mean
     except NotImplementedError as error:
         raise ValueError(
-            f"the guide's site '{name}' ({type(bare(q)).__name__}) has no mean in closed form: average "
+            f"the guide's site '{name}' ({site.family}) has no mean in closed form: average "
             f"pv.posterior(pair, x).latents['{name}'] over its draws"
         ) from error
 

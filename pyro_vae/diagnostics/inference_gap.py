@@ -7,25 +7,15 @@ from typing import Any, NamedTuple
 
 import pyro.distributions as dist
 import torch
-from pyro import poutine
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import MultivariateNormal, Normal
 
 from pyro_vae.likelihood.weights import WeightStream
-from pyro_vae.pair.checks import check_batch, check_support
+from pyro_vae.pair.inspection import inspect
 from pyro_vae.pair.modes import device_of, evaluation, to_pair
 from pyro_vae.pair.pair import Pair
-from pyro_vae.pair.terms import log_terms
-from pyro_vae.pair.trace import (
-    bare,
-    particle_dim,
-    particle_plate,
-    point_masses,
-    sample_sites,
-    site_log_prob,
-    trace_pair,
-)
+from pyro_vae.pair.site import Site
+from pyro_vae.pair.trace import log_terms, run_model, trace_pair
 from pyro_vae.runtime.memory import CHUNK
 from pyro_vae.runtime.random_state import own_random_state
 
@@ -100,10 +90,9 @@ def inference_gap(
     >>> bool((gap.approximation.abs() < 1e-3).all())
     True
     """
-    check_batch(pair, batch)
+    inspect(pair, batch)
     if num_particles < 2 or steps < 1:
         raise ValueError(f"num_particles is {num_particles}, steps {steps}: they must be at least 2 and 1")
-    check_support(pair, batch, "x")
     device, batch = device_of(pair), to_pair(pair, batch)
     parts = []
     with evaluation(pair), torch.inference_mode(False), torch.no_grad(), own_random_state(seed, device):
@@ -142,10 +131,9 @@ def _split(pair: Pair, batch: tuple[Tensor, ...], num_particles: int, steps: int
 class _Member:
     """One site's Gaussian with parameters per datum, in units of the one that the guide gives it."""
 
-    def __init__(self, site: Any) -> None:
-        q = site["fn"]
-        self.event_dim, self.full = q.event_dim, isinstance(bare(q), MultivariateNormal)
-        base = bare(q)
+    def __init__(self, site: Site) -> None:
+        base = site.bare
+        self.event_dim, self.full = site.fn.event_dim, isinstance(base, MultivariateNormal)
         # The first of two equal particles, which keeps its place as an axis of one.
         self.loc = base.loc[:1].clone()
         self.scale = (base.scale_tril if self.full else base.scale)[:1].clone()
@@ -167,24 +155,24 @@ class _Family:
 
     def __init__(self, pair: Pair, batch: tuple[Tensor, ...]) -> None:
         self.pair, self.batch = pair, batch
-        guide, _ = trace_pair(pair, *batch, num_particles=2)
-        self.fixed = {name: guide.nodes[name]["value"][:1] for name in point_masses(guide)}
-        self.sites = {name: site for name, site in sample_sites(guide).items() if name not in self.fixed}
-        for name, site in self.sites.items():
-            _check_member(name, site["fn"])
+        trace = trace_pair(pair, *batch, num_particles=2)
+        self.fixed = {name: trace.guide[name].drawn[:1] for name in trace.point_masses}
+        self.sites = trace.latents
+        for site in self.sites.values():
+            _check_member(site)
         self.members = {name: _Member(site) for name, site in self.sites.items()}
 
     def log_weights(self, num_particles: int) -> Tensor:
         """Return log p(x, z) − log q*(z), (K, B), q*'s density with its parameters held fixed."""
-        dim = particle_dim(self.pair)
         values, log_guide = {}, torch.zeros(())
         for name, member in self.members.items():
             draws = member.distribution(fixed=False).rsample((num_particles,)).squeeze(1)
             values[name] = draws
-            site = {**self.sites[name], "fn": member.distribution(fixed=True), "value": draws}
-            log_guide = log_guide + site_log_prob(site, dim)
-        model = sample_sites(self._model({**self.fixed, **values}, num_particles))
-        log_joint: Any = sum(site_log_prob(site, dim) for site in model.values())
+            site = self.sites[name].replace(fn=member.distribution(fixed=True), drawn=draws)
+            log_guide = log_guide + site.log_prob
+        held = {**self.fixed, **values}
+        model = run_model(self.pair, *self.batch, num_particles=num_particles, values=held)
+        log_joint: Any = sum(site.log_prob for site in model.values())
         return log_joint - log_guide
 
     def improve(self, steps: int) -> None:
@@ -204,14 +192,9 @@ class _Family:
                 parameter.grad = gradient
             optimizer.step()
 
-    def _model(self, values: dict[str, Tensor], num_particles: int) -> Trace:
-        with particle_plate(self.pair, num_particles):
-            conditioned = poutine.condition(type(self.pair).model, data=values)
-            return poutine.trace(conditioned).get_trace(self.pair, *self.batch)
 
-
-def _check_member(name: str, q: Any) -> None:
-    base = bare(q)
+def _check_member(site: Site) -> None:
+    name, base = site.name, site.bare
     if not isinstance(base, Normal | MultivariateNormal):
         raise ValueError(
             f"the guide's site '{name}' ({type(base).__name__}) is not Gaussian: the best member of its family is "

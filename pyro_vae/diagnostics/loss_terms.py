@@ -14,7 +14,7 @@ from pyro_vae.distributions.mixtures import GaussianMixture
 from pyro_vae.objectives.closed_form import analytic_loss
 from pyro_vae.pair.modes import device_of, evaluation, to_pair
 from pyro_vae.pair.pair import Pair
-from pyro_vae.pair.terms import site_terms
+from pyro_vae.pair.trace import site_terms
 from pyro_vae.runtime.random_state import own_random_state
 
 __all__ = ["PARTICLES", "REPETITIONS", "loss_terms"]

@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import pyro.poutine as poutine
 import torch
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vae.pair.modes import device_of
 from pyro_vae.pair.pair import Pair
-from pyro_vae.pair.trace import particle_dim, particle_plate, point_masses, sample_sites, site_log_prob
+from pyro_vae.pair.trace import run_guide
 from pyro_vae.runtime.memory import CHUNK
 
 __all__ = ["MutualInformation", "mutual_information"]
@@ -83,22 +81,10 @@ def _draws(pair: Pair, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
     """Return a draw of each free site for each datum, data at the dimension of particles and one at that of data."""
     parts: dict[str, list[Tensor]] = {}
     for rows in torch.arange(len(batch[0]), device=batch[0].device).split(CHUNK):
-        trace = _guide(pair, tuple(tensor[rows] for tensor in batch), 1)
-        fixed = point_masses(trace)
-        for name, site in sample_sites(trace).items():
-            if name not in fixed:
-                parts.setdefault(name, []).append(_transposed(site, particle_dim(pair)))
+        for name, site in run_guide(pair, *(tensor[rows] for tensor in batch), num_particles=1).items():
+            if not site.is_point_mass:
+                parts.setdefault(name, []).append(site.as_drawn(site.value.transpose(0, 1)))
     return {name: torch.cat(tensors) for name, tensors in parts.items()}
-
-
-def _transposed(site: dict[str, object], particle_dim: int) -> Tensor:
-    plates = [frame for frame in site["cond_indep_stack"] if frame.dim is not None]  # type: ignore[attr-defined]
-    shape = [1] * -particle_dim
-    for frame in plates:
-        shape[frame.dim] = frame.size
-    data_dim = next(frame.dim for frame in plates if frame.name == "data")
-    value = site["value"].expand(*shape, *site["fn"].event_shape)  # type: ignore[attr-defined]
-    return value.transpose(0, data_dim + len(shape))
 
 
 def _scores(pair: Pair, batch: tuple[Tensor, ...], draws: dict[str, Tensor], begin: int) -> Tensor:
@@ -107,17 +93,7 @@ def _scores(pair: Pair, batch: tuple[Tensor, ...], draws: dict[str, Tensor], beg
     count = len(next(iter(some.values())))
     columns = []
     for rows in torch.arange(len(batch[0]), device=batch[0].device).split(CHUNK):
-        trace = _guide(pair, tuple(tensor[rows] for tensor in batch), count, some)
-        terms = [site_log_prob(sample_sites(trace)[name], particle_dim(pair)) for name in some]
-        columns.append(torch.stack([term.expand(count, len(rows)) for term in terms]).double().sum(0))
+        sites = run_guide(pair, *(tensor[rows] for tensor in batch), num_particles=count, values=some)
+        terms = torch.stack([sites[name].log_prob.expand(count, len(rows)) for name in some])
+        columns.append(terms.double().sum(0))
     return torch.cat(columns, 1)
-
-
-def _guide(pair: Pair, batch: tuple[Tensor, ...], count: int, values: dict[str, Tensor] | None = None) -> Trace:
-    """Return the guide's trace under a plate of particles, the given sites held at values that all data share."""
-    guide = type(pair).guide
-    with particle_plate(pair, count):
-        if values is None:
-            return poutine.trace(guide).get_trace(pair, *batch)
-        held = poutine.condition(guide, data=values)
-        return poutine.trace(held).get_trace(pair, *batch)

@@ -9,12 +9,10 @@ from rich.cells import cell_len
 from torch import Tensor
 
 from pyro_vae.likelihood.psis import trust_threshold
-from pyro_vae.pair.modes import device_of, evaluation, to_pair
+from pyro_vae.pair.inspection import inspect
 from pyro_vae.pair.pair import Pair
-from pyro_vae.pair.trace import check_measures, point_masses, sample_sites, trace_pair
-from pyro_vae.runtime.random_state import own_random_state
 
-__all__ = ["LogLikelihood", "describe", "likelihood_notes", "likelihood_rows", "quantity_of"]
+__all__ = ["LogLikelihood", "likelihood_notes", "likelihood_rows", "quantity_of"]
 
 # How many of the worst data a table names.
 NAMED = 5
@@ -220,20 +218,4 @@ def quantity_of(pair: Pair, *batch: Tensor) -> str:
         "log p(x)"; "lower bound on log p(x)" where the guide puts a point mass on a discrete site; the joint density,
         "log p(x, y)", where it puts one on a continuous site ``y``.
     """
-    return describe(pair, batch)[0]
-
-
-def describe(pair: Pair, batch: tuple[Tensor, ...], *, naive: bool = False) -> tuple[str, bool]:
-    """Return the quantity and whether every observed site is discrete."""
-    batch = to_pair(pair, tuple(tensor[:1] for tensor in batch))
-    with evaluation(pair), own_random_state(0, device_of(pair)):
-        guide, model = trace_pair(pair, *batch)
-        check_measures(guide, model)
-    sites = sample_sites(model)
-    discrete = all(site["fn"].support.is_discrete for site in sites.values() if site["is_observed"])
-    observed = [name for name, site in sites.items() if site["is_observed"]]
-    # Draws from the prior fix no site, whatever the guide does.
-    fixed = set() if naive else point_masses(guide)
-    joint = [name for name in sites if name in fixed and not sites[name]["fn"].support.is_discrete]
-    target = f"log p({', '.join([*observed, *joint])})"
-    return (f"lower bound on {target}" if fixed and not joint else target), discrete
+    return inspect(pair, batch).quantity

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from pyro import poutine
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vae.likelihood.captured import Capture, LogWeights, check_capture, recorded_chunks
-from pyro_vae.likelihood.estimate import LogLikelihood, describe
+from pyro_vae.likelihood.estimate import LogLikelihood
 from pyro_vae.likelihood.saved_chunks import KeptChunks, evaluation_key
 from pyro_vae.likelihood.weights import WeightStream, WeightSummary
-from pyro_vae.pair.checks import check_batch, check_support
+from pyro_vae.pair.inspection import inspect
 from pyro_vae.pair.modes import device_of, evaluation, to_pair
 from pyro_vae.pair.pair import Pair
-from pyro_vae.pair.terms import LogTerms, log_terms
-from pyro_vae.pair.trace import particle_dim, particle_plate, sample_sites, site_log_prob, trace_pair
+from pyro_vae.pair.site import Site
+from pyro_vae.pair.terms import LogTerms
+from pyro_vae.pair.trace import log_terms, run_model, trace_pair
 from pyro_vae.runtime.memory import MEBIBYTE, chunk_sizes
 from pyro_vae.runtime.progress import Progress, progress_bar
 from pyro_vae.runtime.random_state import derived_seed, fresh_seed, own_random_state
@@ -108,11 +108,10 @@ def naive_log_likelihood(
     Reference:
         Document 002, equation (1).
     """
-    dim = particle_dim(pair)
 
     def log_weights(chunk: tuple[Tensor, ...], size: int) -> Tensor:
-        observed = [site for site in sample_sites(_prior_trace(pair, chunk, size)).values() if site["is_observed"]]
-        return torch.stack([site_log_prob(site, dim) for site in observed]).sum(0)
+        sites = run_model(pair, *chunk, num_particles=size).values()
+        return torch.stack([site.log_prob for site in sites if site.is_observed]).sum(0)
 
     return _estimate(pair, batch, log_weights, _Settings(num_particles, memory, seed, progress, run_dir, naive=True))
 
@@ -131,15 +130,13 @@ class _Settings(NamedTuple):
 
 def _estimate(pair: Pair, batch: tuple[Tensor, ...], log_weights: LogWeights, settings: _Settings) -> LogLikelihood:
     check_capture(settings.capture)
-    check_batch(pair, batch)
-    check_support(pair, batch, "x")
+    inspection = inspect(pair, batch)
     num_particles = settings.num_particles
     if num_particles < 1:
         raise ValueError(f"num_particles is {num_particles}; it counts draws per datum and must be at least 1")
     if settings.run_dir is not None and settings.seed is None:
         raise ValueError("run_dir keeps the chunks of one seed, so that they can be continued: pass seed=0, say")
     batch = to_pair(pair, batch)
-    quantity, discrete = describe(pair, batch, naive=settings.naive)
     with evaluation(pair):
         parts = _summaries(pair, batch, log_weights, settings)
     summary = WeightSummary(*(torch.cat(fields, -1) for fields in zip(*parts, strict=True)))
@@ -148,8 +145,8 @@ def _estimate(pair: Pair, batch: tuple[Tensor, ...], log_weights: LogWeights, se
         standard_error=summary.standard_error,
         ess=summary.ess,
         num_particles=num_particles,
-        quantity=quantity,
-        discrete=discrete,
+        quantity=inspection.prior_quantity if settings.naive else inspection.quantity,
+        discrete=inspection.is_discrete,
         # A pair whose x repeats itself, as a symmetric matrix does, says how many of its entries are free.
         num_dimensions=getattr(pair, "num_dimensions", batch[0][0].numel()),
         pareto_k=summary.pareto_k,
@@ -256,20 +253,15 @@ def _what_is_wrong(
 
 def _densities(pair: Pair, chunk: tuple[Tensor, ...], size: int, naive: bool) -> dict[str, Tensor]:
     """Return log-densities by site, the guide's first, as an estimate draws them."""
-    dim = particle_dim(pair)
+    programs: dict[str, Mapping[str, Site]]
     if naive:
-        observed = {n: s for n, s in sample_sites(_prior_trace(pair, chunk, size)).items() if s["is_observed"]}
-        return {f"the model's site '{name}'": site_log_prob(site, dim) for name, site in observed.items()}
-    guide, model = trace_pair(pair, *chunk, num_particles=size)
-    traces = {"guide": guide, "model": model}
+        sites = run_model(pair, *chunk, num_particles=size)
+        programs = {"model": {name: site for name, site in sites.items() if site.is_observed}}
+    else:
+        trace = trace_pair(pair, *chunk, num_particles=size)
+        programs = {"guide": trace.guide, "model": trace.model}
     return {
-        f"the {program}'s site '{name}'": site_log_prob(site, dim)
-        for program, trace in traces.items()
-        for name, site in sample_sites(trace).items()
+        f"the {program}'s site '{name}'": site.log_prob
+        for program, sites in programs.items()
+        for name, site in sites.items()
     }
-
-
-def _prior_trace(pair: Pair, chunk: tuple[Tensor, ...], size: int) -> Trace:
-    """Return the model's trace with latents from their priors."""
-    with particle_plate(pair, size):
-        return poutine.trace(type(pair).model).get_trace(pair, *chunk)

@@ -184,7 +184,7 @@ def free_bits(floor: float, beta: float | Annealed = 1.0) -> Objective:
         Kingma, Salimans, Jozefowicz, Chen, Sutskever and Welling (2016), Improved variational inference with inverse
         autoregressive flow, NeurIPS, appendix C.8.
 
-    >>> from pyro_vae.pair import SiteTerms
+    >>> from pyro_vae.pair.terms import SiteTerms
     >>> zero, one = torch.zeros(4, 2), torch.ones(4, 2)
     >>> free_bits(3.0)(LogTerms(zero, zero, one, {"z": SiteTerms(zero, one)}))
     tensor([-3., -3.])

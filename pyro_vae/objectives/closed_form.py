@@ -20,7 +20,7 @@ from pyro_vae.distributions.discretised_logistic import DiscretisedLogistic
 from pyro_vae.distributions.kl import MixtureKL, convex_kl_bound
 from pyro_vae.pair.modes import to_pair
 from pyro_vae.pair.pair import Pair
-from pyro_vae.pair.trace import bare
+from pyro_vae.pair.site import bare
 
 __all__ = [
     "AnalyticLoss",

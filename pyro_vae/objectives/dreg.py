@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from pyro import poutine
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from pyro_vae.objectives.loss import PairLoss
-from pyro_vae.pair.modes import device_of, rehearsal, to_pair
+from pyro_vae.pair.inspection import Inspection
+from pyro_vae.pair.modes import device_of, rehearsal
 from pyro_vae.pair.pair import Pair, Program
-from pyro_vae.pair.trace import (
-    bare,
-    check_same_latents,
-    particle_dim,
-    particle_plate,
-    point_masses,
-    sample_sites,
-    site_log_prob,
-)
+from pyro_vae.pair.site import Site
+from pyro_vae.pair.trace import check_same_latents, run_guide, run_program
 from pyro_vae.runtime.random_state import own_random_state
 
 __all__ = ["DReG"]
@@ -56,34 +49,33 @@ class DReG(PairLoss):
 
     def negative(self, pair: Pair, model: Program, guide: Program, *batch: Tensor) -> Tensor:
         """Return minus the bound summed over the data, a scalar whose gradient is the doubly reparameterised one."""
-        dim = particle_dim(pair)
-        with particle_plate(pair, self.num_particles):
-            drawn = poutine.trace(guide).get_trace(*batch)
-            _check_reparameterised(drawn)
-            copies, taps = _copied(drawn)
-            replayed = poutine.trace(poutine.replay(model, trace=copies)).get_trace(*batch)
+        drawn = run_program(pair, guide, *batch, num_particles=self.num_particles)
+        _check_reparameterised(drawn)
+        # Copies leave the graph in which later sites depend on earlier ones without a hook, so that no path is weighed
+        # twice; and a flow finds no cached inverse for them, which would hide their gradient.
+        copies = {name: site.drawn.clone() for name, site in drawn.items()}
+        replayed = run_program(pair, model, *batch, num_particles=self.num_particles, values=copies)
         check_same_latents(drawn, replayed)
-        log_joint: Any = sum(site_log_prob(site, dim) for site in sample_sites(replayed).values())
-        log_weights = log_joint - _log_guide(pair, copies, taps, batch)
+        log_joint: Any = sum(site.log_prob for site in replayed.values())
+        log_weights = log_joint - _log_guide(pair, copies, self.num_particles, batch)
         normalised = log_weights.detach().softmax(0)
-        for name, tap in taps.items():
+        for name, copy in copies.items():
             # A second factor w̃ on what reaches the draw, and only there: the model's parameters see one.
-            tap.register_hook(_times(_aligned(normalised, drawn.nodes[name])))
+            if copy.requires_grad:
+                copy.register_hook(_times(drawn[name].broadcast(normalised)))
         bound = torch.logsumexp(log_weights, 0) - math.log(self.num_particles)
         surrogate = (normalised * log_weights).sum()
         return (surrogate - bound.sum()).detach() - surrogate
 
-    def check(self, pair: Pair, batch: tuple[Tensor, ...]) -> None:
+    def check(self, inspection: Inspection, batch: tuple[Tensor, ...]) -> None:
         """Refuse a guide whose density at given draws changes from run to run, since it is scored twice."""
-        few, dim = tuple(tensor[:2] for tensor in to_pair(pair, batch)), particle_dim(pair)
+        pair, values = inspection.pair, {name: site.drawn for name, site in inspection.training.guide.items()}
         scores = []
-        with rehearsal(pair), particle_plate(pair, self.num_particles):
-            with own_random_state(0, device_of(pair)):
-                drawn = poutine.trace(type(pair).guide).get_trace(pair, *few)
+        with rehearsal(pair):
             for seed in (1, 2):
                 with own_random_state(seed, device_of(pair)):
-                    again = poutine.trace(poutine.replay(type(pair).guide, trace=drawn)).get_trace(pair, *few)
-                    scores.append({n: site_log_prob(site, dim) for n, site in sample_sites(again).items()})
+                    again = run_guide(pair, *inspection.batch, num_particles=1, values=values)
+                    scores.append({name: site.log_prob for name, site in again.items()})
         for name, first in scores[0].items():
             if not torch.equal(first, scores[1][name]):
                 raise ValueError(
@@ -94,22 +86,6 @@ class DReG(PairLoss):
 
 def _times(factor: Tensor) -> Any:
     return lambda gradient: gradient * factor
-
-
-def _copied(guide: Trace) -> tuple[Trace, dict[str, Tensor]]:
-    """Return the trace with copies of its values, and the copies by site that carry a gradient.
-
-    Being copies, they leave the graph in which later sites depend on earlier ones without a hook, so that no path is
-    weighed twice, and a flow finds no cached inverse for them, which would hide their gradient.
-    """
-    copies, taps = guide.copy(), {}
-    for name, site in sample_sites(guide).items():
-        node = dict(site)
-        node["value"] = site["value"].clone()
-        copies.nodes[name] = node
-        if node["value"].requires_grad:
-            taps[name] = node["value"]
-    return copies, taps
 
 
 class _Scored(nn.Module):
@@ -123,17 +99,16 @@ class _Scored(nn.Module):
         super().__init__()
         self.pair = pair
 
-    def forward(self, copies: Trace, *batch: Tensor) -> dict[str, Tensor]:
-        guide = poutine.replay(type(self.pair).guide, trace=copies)
-        with particle_plate(self.pair, _num_particles(copies)):
-            scored = poutine.trace(guide).get_trace(self.pair, *batch)
-        return {name: self._log_prob(name, site) for name, site in sample_sites(scored).items()}
+    def forward(self, copies: dict[str, Tensor], num_particles: int, *batch: Tensor) -> dict[str, Tensor]:
+        scored = run_guide(self.pair, *batch, num_particles=num_particles, values=copies)
+        return {name: self._log_prob(site) for name, site in scored.items()}
 
-    def _log_prob(self, name: str, site: Any) -> Tensor:
+    @staticmethod
+    def _log_prob(site: Site) -> Tensor:
         try:
-            return site_log_prob(site, particle_dim(self.pair))
+            return site.log_prob
         except (KeyError, NotImplementedError) as error:
-            raise ValueError(_UNSCORED.format(name)) from error
+            raise ValueError(_UNSCORED.format(site.name)) from error
 
 
 _UNSCORED = (
@@ -142,27 +117,22 @@ _UNSCORED = (
 )
 
 
-def _log_guide(pair: Pair, copies: Trace, taps: dict[str, Tensor], batch: tuple[Tensor, ...]) -> Tensor:
+def _log_guide(pair: Pair, copies: dict[str, Tensor], num_particles: int, batch: tuple[Tensor, ...]) -> Tensor:
     """Return log q of the copies, (K, B), as a function of them alone."""
     fixed = {f"pair.{name}": parameter.detach() for name, parameter in pair.named_parameters()}
     parameters = {id(parameter) for parameter in pair.parameters()}
-    terms = functional_call(_Scored(pair), fixed, (copies, *batch))
+    terms = functional_call(_Scored(pair), fixed, (copies, num_particles, *batch))
     for name, term in terms.items():
-        if _leaves(term, taps) & parameters:
+        if _leaves(term, copies) & parameters:
             # A transform may keep the draw's log-determinant, made with the parameters themselves.
             raise ValueError(_UNSCORED.format(name))
     total: Any = sum(terms.values())
     return total
 
 
-def _num_particles(trace: Trace) -> int:
-    site = next(iter(sample_sites(trace).values()))
-    return next(frame.size for frame in site["cond_indep_stack"] if frame.name == "particles")
-
-
-def _leaves(result: Tensor, taps: dict[str, Tensor]) -> set[int]:
-    """Return the ids of the leaves that a result depends on, other than through the taps."""
-    leaves, seen = set(), {tap.grad_fn for tap in taps.values()}
+def _leaves(result: Tensor, copies: dict[str, Tensor]) -> set[int]:
+    """Return the ids of the leaves that a result depends on, other than through the copies."""
+    leaves, seen = set(), {copy.grad_fn for copy in copies.values() if copy.requires_grad}
     pending = [result.grad_fn]
     while pending:
         node = pending.pop()
@@ -175,25 +145,14 @@ def _leaves(result: Tensor, taps: dict[str, Tensor]) -> set[int]:
     return leaves
 
 
-def _aligned(weights: Tensor, site: Any) -> Tensor:
-    """Lay weights (K, B) out along the particles and data of a site's value."""
-    dims = {frame.name: frame.dim for frame in site["cond_indep_stack"]}
-    event = site["fn"].event_dim
-    shape = [1] * (event - min(dims.values()))
-    shape[dims["particles"] - event] = weights.shape[0]
-    shape[dims["data"] - event] = weights.shape[1]
-    return weights.reshape(shape)
-
-
-def _check_reparameterised(guide: Trace) -> None:
-    masses = point_masses(guide)
-    for name, site in sample_sites(guide).items():
-        if not site["fn"].has_rsample:
+def _check_reparameterised(guide: Mapping[str, Site]) -> None:
+    for name, site in guide.items():
+        if not site.is_reparameterised:
             raise ValueError(
-                f"the guide's site '{name}' ({type(bare(site['fn'])).__name__}) has no rsample, its draws no "
+                f"the guide's site '{name}' ({site.family}) has no rsample, its draws no "
                 "gradient: train with Pyro's Trace_ELBO, TraceGraph_ELBO or TraceEnum_ELBO"
             )
-        if name in masses and site["value"].requires_grad:
+        if site.is_point_mass and site.drawn.requires_grad:
             raise ValueError(
                 f"the guide's site '{name}' is a point mass at a learned place, which has no density to reparameterise "
                 "twice: use the objective iwae"

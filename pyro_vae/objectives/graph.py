@@ -5,25 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from pyro.infer import TraceMeanField_ELBO
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from pyro_vae.distributions.graph import InnerProductGraph
+from pyro_vae.pair.handlers import ReplaceLikelihood
 
 __all__ = ["BalancedGraphLoss"]
-
-
-class _BalanceEdges(Messenger):
-    """Score an observed graph with edges and unlinked pairs weighed alike."""
-
-    def __init__(self, self_links: bool) -> None:
-        super().__init__()
-        self.self_links = self_links
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["is_observed"] and isinstance(msg["fn"], InnerProductGraph):
-            msg["fn"] = _Balanced(msg["fn"].nodes, self.self_links)
 
 
 class _Balanced(InnerProductGraph):
@@ -73,4 +61,7 @@ class BalancedGraphLoss(TraceMeanField_ELBO):
         self.self_links = self_links
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
-        return super()._get_trace(_BalanceEdges(self.self_links)(model), guide, args, kwargs)
+        return super()._get_trace(ReplaceLikelihood(self._balanced)(model), guide, args, kwargs)
+
+    def _balanced(self, likelihood: Any) -> InnerProductGraph | None:
+        return _Balanced(likelihood.nodes, self.self_links) if isinstance(likelihood, InnerProductGraph) else None

@@ -11,10 +11,9 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vae.objectives.bounds import Objective
-from pyro_vae.pair.modes import device_of, rehearsal, to_pair
+from pyro_vae.pair.inspection import Inspection
 from pyro_vae.pair.pair import Pair, Program
-from pyro_vae.pair.trace import bare, sample_sites, trace_pair
-from pyro_vae.runtime.random_state import own_random_state
+from pyro_vae.pair.trace import PairTrace, pyro_traces
 
 __all__ = ["WEIGHED", "Loss", "PairLoss", "check_loss"]
 
@@ -41,7 +40,7 @@ class PairLoss(ELBO, abc.ABC):
     def negative(self, pair: Pair, model: Program, guide: Program, *batch: Tensor) -> Tensor:
         """Return what is minimised, summed over the data: a scalar with its gradient, in nats."""
 
-    def check(self, pair: Pair, batch: tuple[Tensor, ...]) -> None:
+    def check(self, inspection: Inspection, batch: tuple[Tensor, ...]) -> None:
         """Refuse a pair, or training data, that this loss cannot take; ``fit`` asks before it takes a step."""
 
     def loss(self, model: Program, guide: Program, *batch: Tensor) -> float:
@@ -63,7 +62,9 @@ class PairLoss(ELBO, abc.ABC):
 
     def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
         # Pyro's base class asks for it; both traces are of one plain draw.
-        drawn, replayed = trace_pair(guide.pair, *args, num_particles=self.num_particles)
+        pair = guide.pair
+        programs = type(pair).model, type(pair).guide
+        drawn, replayed = pyro_traces(pair, *programs, pair, *args, num_particles=self.num_particles)
         return replayed, drawn
 
 
@@ -72,7 +73,9 @@ Loss: TypeAlias = ELBO | Objective
 WEIGHED = (Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO)
 
 
-def check_loss(pair: Pair, loss: Loss, batch: tuple[Tensor, ...], *, num_particles: int, uses_beta: bool) -> None:
+def check_loss(
+    inspection: Inspection, loss: Loss, batch: tuple[Tensor, ...], *, num_particles: int, uses_beta: bool
+) -> None:
     """Refuse what would train in silence on something else than was asked for.
 
     Raises:
@@ -90,18 +93,18 @@ def check_loss(pair: Pair, loss: Loss, batch: tuple[Tensor, ...], *, num_particl
             f"beta weighs the divergence of Pyro's ELBOs; {name} has no such term: leave beta at 1, or use the "
             "objective beta_elbo(beta)"
         )
-    # As it trains: a guide may be relaxed then, and discrete where it is evaluated.
-    with rehearsal(pair), own_random_state(0, device_of(pair)):
-        guide, model = trace_pair(pair, *to_pair(pair, tuple(tensor[:2] for tensor in batch)))
     if isinstance(loss, TraceMeanField_ELBO):
-        _check_order(list(sample_sites(guide)), [n for n, s in sample_sites(model).items() if not s["is_observed"]])
-        _check_reparameterised(sample_sites(guide))
+        trace = inspection.training
+        _check_order(list(trace.guide), [name for name, site in trace.model.items() if not site.is_observed])
+        _check_reparameterised(trace)
     if isinstance(loss, PairLoss):
-        loss.check(pair, batch)
+        loss.check(inspection, batch)
     if not isinstance(loss, ELBO):
-        _check_reparameterised(sample_sites(guide))
+        _check_reparameterised(inspection.training)
         # What an objective anneals is moved, and recorded, with the pair.
-        if (annealed := getattr(loss, "annealed", None)) is not None and annealed not in list(pair.modules()):
+        if (annealed := getattr(loss, "annealed", None)) is not None and annealed not in list(
+            inspection.pair.modules()
+        ):
             raise ValueError(
                 f"{getattr(loss, '__name__', 'the objective')} follows a number that is no module of the pair, so that "
                 "nothing would move it: keep it as an attribute of the pair"
@@ -117,11 +120,11 @@ def _check_order(guide: list[str], model: list[str]) -> None:
         )
 
 
-def _check_reparameterised(sites: dict[str, Any]) -> None:
-    for name, site in sites.items():
-        if not site["fn"].has_rsample:
+def _check_reparameterised(trace: PairTrace) -> None:
+    for name, site in trace.guide.items():
+        if not site.is_reparameterised:
             raise ValueError(
-                f"the guide's site '{name}' ({type(bare(site['fn'])).__name__}) has no rsample, so that this loss's "
+                f"the guide's site '{name}' ({site.family}) has no rsample, so that this loss's "
                 "gradient would leave out how its draws depend on the parameters: train with Pyro's Trace_ELBO, "
                 "TraceGraph_ELBO (lower variance) or TraceEnum_ELBO (sums over it)"
             )

@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from pyro import poutine
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vae.objectives.loss import PairLoss
-from pyro_vae.pair.modes import device_of, rehearsal, to_pair
+from pyro_vae.pair.inspection import Inspection
 from pyro_vae.pair.pair import Pair, Program
-from pyro_vae.pair.terms import sum_terms
-from pyro_vae.pair.trace import (
-    bare,
-    check_same_latents,
-    particle_dim,
-    particle_plate,
-    point_masses,
-    sample_sites,
-    site_log_prob,
-    trace_pair,
-)
-from pyro_vae.runtime.random_state import own_random_state
+from pyro_vae.pair.site import Site
+from pyro_vae.pair.trace import PairTrace, trace_pair, trace_programs
 
 __all__ = ["DivergenceSplit", "TotalCorrelationELBO", "divergence_split"]
 
@@ -75,8 +63,8 @@ def divergence_split(
     torch.Size([8])
     """
     size = len(batch[0]) if data_size is None else data_size
-    guide, model = trace_pair(pair, *batch, num_particles=num_particles)
-    return DivergenceSplit(*(part.mean(0) for part in _split(pair, guide, model, size)))
+    trace = trace_pair(pair, *batch, num_particles=num_particles)
+    return DivergenceSplit(*(part.mean(0) for part in _split(pair, trace, size)))
 
 
 class TotalCorrelationELBO(PairLoss):
@@ -119,28 +107,23 @@ class TotalCorrelationELBO(PairLoss):
     def negative(self, pair: Pair, model: Program, guide: Program, *batch: Tensor) -> Tensor:
         """Return minus the weighed bound, summed over the data."""
         # The programs, not the pair's methods: Pyro's own SVI then sees their parameters.
-        with particle_plate(pair, self.num_particles):
-            drawn = poutine.trace(guide).get_trace(*batch)
-            replayed = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*batch)
-        check_same_latents(drawn, replayed)
-        information, correlation, dimension_wise = _split(pair, drawn, replayed, self.data_size)
+        trace = trace_programs(pair, model, guide, *batch, num_particles=self.num_particles)
+        information, correlation, dimension_wise = _split(pair, trace, self.data_size)
         penalty = self.alpha * information + self.beta * correlation + self.gamma * dimension_wise
-        log_lik = sum_terms(drawn, replayed, particle_dim(pair)).log_lik
-        return -(log_lik - penalty).mean(0).sum()
+        return -(trace.terms.log_lik - penalty).mean(0).sum()
 
-    def check(self, pair: Pair, batch: tuple[Tensor, ...]) -> None:
+    def check(self, inspection: Inspection, batch: tuple[Tensor, ...]) -> None:
         """Refuse a guide that cannot be split, and another number of training data."""
         if self.data_size != len(batch[0]):
             raise ValueError(f"data_size is {self.data_size}; there are {len(batch[0])} training data")
-        with rehearsal(pair), own_random_state(0, device_of(pair)):
-            guide, model = trace_pair(pair, *to_pair(pair, tuple(tensor[:1] for tensor in batch)))
-            _split(pair, guide, model, self.data_size)
+        with torch.no_grad():
+            _split(inspection.pair, inspection.training, self.data_size)
 
 
-def _split(pair: Pair, guide: Trace, model: Trace, size: int) -> tuple[Tensor, Tensor, Tensor]:
+def _split(pair: Pair, trace: PairTrace, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the three parts at every draw, each (K, B)."""
-    site = _factorised_site(pair, guide)
-    value, entries = site["value"], bare(site["fn"])
+    site = _factorised_site(pair, trace)
+    value, entries = site.drawn, site.bare
     count = value.shape[1]
     if count > size:
         raise ValueError(f"data_size is {size}, smaller than a batch of {count}: it is the number of all training data")
@@ -149,8 +132,7 @@ def _split(pair: Pair, guide: Trace, model: Trace, size: int) -> tuple[Tensor, T
     weights = _log_weights(count, size, like=value)
     log_joint = torch.logsumexp(under.sum(-1) + weights.unsqueeze(1), -1).mT
     log_marginals = torch.logsumexp(under + weights[:, None, :, None], 2).sum(-1).mT
-    dim = particle_dim(pair)
-    log_q, log_p = site_log_prob(site, dim), site_log_prob(sample_sites(model)[site["name"]], dim)
+    log_q, log_p = site.log_prob, trace.model[site.name].log_prob
     return log_q - log_joint, log_joint - log_marginals, log_marginals - log_p
 
 
@@ -164,16 +146,14 @@ def _log_weights(count: int, size: int, like: Tensor) -> Tensor:
     return like.new_full((count, count), others).masked_fill(own, -math.log(size))
 
 
-def _factorised_site(pair: Pair, guide: Trace) -> Any:
-    fixed = point_masses(guide)
-    sites = [site for name, site in sample_sites(guide).items() if name not in fixed]
-    names = [site["name"] for site in sites]
-    if len(sites) != 1 or pair.max_plate_nesting != 1:
+def _factorised_site(pair: Pair, trace: PairTrace) -> Site:
+    names = list(trace.latents)
+    if len(names) != 1 or pair.max_plate_nesting != 1:
         raise ValueError(f"the divergence is split for a guide with one latent site in the data plate; it has {names}")
-    (site,) = sites
-    if site["fn"].event_dim != 1 or bare(site["fn"]).event_shape != ():
+    (site,) = trace.latents.values()
+    if site.fn.event_dim != 1 or site.bare.event_shape != ():
         raise ValueError(
-            f"the divergence is split entry by entry: the guide's site '{site['name']}' "
-            f"({type(bare(site['fn'])).__name__}) must be factorised over a vector, as DiagonalGaussian is"
+            f"the divergence is split entry by entry: the guide's site '{site.name}' "
+            f"({site.family}) must be factorised over a vector, as DiagonalGaussian is"
         )
     return site

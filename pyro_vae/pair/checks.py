@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_vae.pair.modes import device_of, evaluation, to_pair
 from pyro_vae.pair.pair import Pair
-from pyro_vae.pair.trace import check_measures, sample_sites, trace_pair, x_site
-from pyro_vae.runtime.random_state import own_random_state
+from pyro_vae.pair.site import Site
 
-__all__ = ["check_batch", "check_support", "check_tensor", "refuse_outside"]
+__all__ = ["check_batch", "check_tensor", "refuse_outside"]
 
 # Entries that are looked at together. Marks of them all would take twice what the data do, which may be a file mapped
 # into memory.
@@ -81,29 +78,13 @@ def _marked(parts: Iterable[Tensor]) -> tuple[int, tuple[int, ...]]:
     return count, first
 
 
-def check_support(pair: Pair, batch: tuple[Tensor, ...], argument: str, seen: Tensor | None = None) -> None:
-    """Refuse data outside the support of the pair's likelihood; ``seen`` marks the entries that count.
-
-    Raises:
-        ValueError: with the number of such values, the first one, and the likelihoods that would take it.
-    """
-    few = to_pair(pair, tuple(tensor[:2] for tensor in batch))
-    with evaluation(pair), own_random_state(0, device_of(pair)):
-        guide, model = trace_pair(pair, *few)
-        check_measures(guide, model)
-        site = x_site(sample_sites(model), few[0])
-    refuse_outside(site, batch[0], argument, seen)
-
-
-def refuse_outside(site: Any, value: Tensor, argument: str, seen: Tensor | None = None) -> None:
+def refuse_outside(site: Site, value: Tensor, argument: str, seen: Tensor | None = None) -> None:
     """Refuse values outside the support of a site, entry by entry.
 
     Raises:
         ValueError: with their number, the first one, and the likelihoods that would take it.
     """
-    support = site["fn"].support
-    while hasattr(support, "base_constraint"):
-        support = support.base_constraint
+    support = site.entry_support
     # A support that depends on a batch's parameters has its shape; Pyro checks it batch by batch.
     if support.check(value[:1]).shape != value[:1].shape:
         return
@@ -114,7 +95,7 @@ def refuse_outside(site: Any, value: Tensor, argument: str, seen: Tensor | None 
     if not count:
         return
     raise ValueError(
-        f"{argument} has {count} values outside the support of site '{site['name']}' ({support}), the first "
+        f"{argument} has {count} values outside the support of site '{site.name}' ({support}), the first "
         f"{float(value[first]):.4g} at index {first}: use a Bernoulli for data in {{0, 1}} (pv.data.binarise), a "
         "continuous Bernoulli for [0, 1], a discretised logistic for gray levels (with the data's own number of "
         "levels), a Gaussian for real data"

@@ -26,7 +26,7 @@ class Pair(nn.Module, abc.ABC):
     ``max_plate_nesting`` counts the pair's own plates; particles take the next dimension to the left. ``x_shape`` is
     the shape of one datum, ``x_dtype`` its type where that is not the parameters' own (token indices, say).
 
-    >>> import torch, pyro, pyro.distributions as dist
+    >>> import torch, pyro, pyro.distributions as dist, pyro_vae as pv
     >>> class Coin(Pair):
     ...     x_shape = ()
     ...     def model(self, x):
@@ -36,7 +36,7 @@ class Pair(nn.Module, abc.ABC):
     ...     def guide(self, x):
     ...         with pyro.plate("data", len(x)):
     ...             pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
-    >>> log_terms(Coin(), torch.zeros(3), num_particles=2).log_weights.shape
+    >>> pv.log_terms(Coin(), torch.zeros(3), num_particles=2).log_weights.shape
     torch.Size([2, 3])
     """
 

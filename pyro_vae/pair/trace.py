@@ -1,47 +1,253 @@
-"""Run a pair's two programs and read their sites."""
+"""Run a pair's programs, and read their log-densities."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pyro
+import torch
 from pyro import poutine
-from pyro.distributions import Delta
-from pyro.distributions.util import scale_and_mask
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vae.pair.pair import Pair
+from pyro_vae.pair.site import PARTICLES, Site, sites_of
+from pyro_vae.pair.terms import LogTerms, SiteTerms
 
 __all__ = [
-    "bare",
+    "PairTrace",
     "check_measures",
     "check_same_latents",
+    "log_terms",
     "particle_dim",
-    "particle_plate",
-    "point_masses",
-    "sample_sites",
-    "site_log_prob",
+    "pyro_traces",
+    "run_guide",
+    "run_model",
+    "run_program",
+    "site_of_x",
+    "site_terms",
     "trace_pair",
-    "whole_value",
-    "x_site",
+    "trace_programs",
 ]
 
 
-def trace_pair(pair: Pair, *batch: Tensor, num_particles: int = 1) -> tuple[Trace, Trace]:
-    """Return the guide's trace and the model's, replayed against it, both under a plate of K particles."""
+@dataclass(frozen=True)
+class PairTrace:
+    """One run of a pair's guide, and of its model at the guide's draws.
+
+    Args:
+        guide: the guide's sites by name, in its order.
+        model: the model's sites by name, in its order.
+        data: the ``x`` that both were given, (B, …).
+    """
+
+    guide: Mapping[str, Site]
+    model: Mapping[str, Site]
+    data: Tensor
+
+    @cached_property
+    def x(self) -> Site:
+        """The model's site that observes ``x``.
+
+        Raises:
+            ValueError: when no site or several sites observe something, and not exactly one of them ``x`` itself.
+        """
+        return site_of_x(self.model, self.data)
+
+    @property
+    def point_masses(self) -> frozenset[str]:
+        """Names of the sites that the guide fixes to a point mass."""
+        return frozenset(name for name, site in self.guide.items() if site.is_point_mass)
+
+    @property
+    def latents(self) -> dict[str, Site]:
+        """The guide's sites with a density or mass of their own: all but the point masses."""
+        return {name: site for name, site in self.guide.items() if not site.is_point_mass}
+
+    @property
+    def data_sites(self) -> dict[str, Site]:
+        """The model's sites that count as data: the observed ones, and the guide's point masses."""
+        fixed = self.point_masses
+        return {name: site for name, site in self.model.items() if site.is_observed or name in fixed}
+
+    @cached_property
+    def terms(self) -> LogTerms:
+        """The sites' log-densities summed to :class:`LogTerms`, each (K, B), in nats."""
+        fixed = self.point_masses
+        log_lik: Any = 0.0
+        log_prior: Any = 0.0
+        log_guide: Any = 0.0
+        guided = {name: site.log_prob for name, site in self.guide.items()}
+        latents = {}
+        for name, site in self.model.items():
+            term = site.log_prob
+            if site.is_observed or name in fixed:
+                log_lik = log_lik + term
+            else:
+                log_prior = log_prior + term
+                latents[name] = SiteTerms(term, guided[name])
+        for term in guided.values():
+            log_guide = log_guide + term
+        zero = torch.zeros_like(log_lik + log_prior)
+        return LogTerms(zero + log_lik, zero + log_prior, zero + log_guide, latents)
+
+    @property
+    def site_terms(self) -> dict[str, SiteTerms]:
+        """Each model site's log-densities by name, in the model's order."""
+        terms = {}
+        for name, site in self.model.items():
+            log_model = site.log_prob
+            log_guide = torch.zeros_like(log_model) if site.is_observed else self.guide[name].log_prob
+            terms[name] = SiteTerms(log_model, log_guide)
+        return terms
+
+
+def log_terms(pair: Pair, *batch: Tensor, num_particles: int = 1) -> LogTerms:
+    """Run the guide and the replayed model once and sum their unscaled site log-densities.
+
+    log w_kb = log p(x_b, z_kb) − log q(z_kb | x_b),   z_kb ~ q(z | x_b)
+
+    Args:
+        pair: any pair.
+        batch: ``x`` (B, …) and the pair's conditions, each with B rows.
+        num_particles: K, draws per datum.
+
+    Returns:
+        :class:`LogTerms`, each field (K, B), in nats.
+
+    Raises:
+        ValueError: for sites that model and guide do not share, sites outside the data plate, subsampling plates.
+    """
+    return trace_pair(pair, *batch, num_particles=num_particles).terms
+
+
+def site_terms(pair: Pair, *batch: Tensor, num_particles: int = 1) -> dict[str, SiteTerms]:
+    """Run the guide and the replayed model once and return each site's log-densities by name.
+
+    Args:
+        pair: any pair.
+        batch: ``x`` (B, …) and the pair's conditions.
+        num_particles: K, draws per datum.
+
+    Returns:
+        For each site of the model, in its order, :class:`SiteTerms` of shape (K, B), in nats.
+
+    Raises:
+        ValueError: as :func:`log_terms`.
+    """
+    return trace_pair(pair, *batch, num_particles=num_particles).site_terms
+
+
+def trace_pair(pair: Pair, *batch: Tensor, num_particles: int = 1) -> PairTrace:
+    """Run the guide, and the model at its draws, under a plate of K particles.
+
+    Raises:
+        ValueError: for K < 1, and for latent sites that model and guide do not share.
+    """
+    return trace_programs(pair, type(pair).model, type(pair).guide, pair, *batch, num_particles=num_particles)
+
+
+def trace_programs(
+    pair: Pair, model: Callable[..., Any], guide: Callable[..., Any], *arguments: Any, num_particles: int
+) -> PairTrace:
+    """Run two programs as :func:`trace_pair` does, such as the pair's own, whose parameters Pyro then sees.
+
+    Args:
+        pair: the pair that they belong to.
+        model, guide: called with ``arguments``.
+        arguments: the data and their conditions, after the pair itself where the programs are plain methods.
+        num_particles: K.
+    """
+    drawn, replayed = pyro_traces(pair, model, guide, *arguments, num_particles=num_particles)
+    data = arguments[1] if arguments[0] is pair else arguments[0]
+    return PairTrace(sites_of(drawn), sites_of(replayed), data)
+
+
+def pyro_traces(
+    pair: Pair, model: Callable[..., Any], guide: Callable[..., Any], *arguments: Any, num_particles: int
+) -> tuple[Trace, Trace]:
+    """Return Pyro's own traces of the guide and of the replayed model, for Pyro's ELBOs."""
     if num_particles < 1:
         raise ValueError(f"num_particles is {num_particles}; it counts draws per datum and must be at least 1")
-    with particle_plate(pair, num_particles):
-        guide = poutine.trace(type(pair).guide).get_trace(pair, *batch)
-        model = poutine.trace(poutine.replay(type(pair).model, trace=guide)).get_trace(pair, *batch)
-    check_same_latents(guide, model)
-    return guide, model
+    with _particle_plate(pair, num_particles):
+        drawn = poutine.trace(guide).get_trace(*arguments)
+        replayed = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*arguments)
+    check_same_latents(sites_of(drawn), sites_of(replayed))
+    return drawn, replayed
 
 
-def particle_plate(pair: Pair, num_particles: int) -> pyro.plate:
-    """Return the plate of particles, to the left of the pair's own plates."""
-    return pyro.plate("particles", num_particles, dim=particle_dim(pair))
+def run_guide(
+    pair: Pair, *batch: Tensor, num_particles: int | None = None, values: Mapping[str, Tensor] | None = None
+) -> dict[str, Site]:
+    """Run the guide alone and return its sites.
+
+    Args:
+        pair: any pair.
+        batch: ``x`` and the pair's conditions.
+        num_particles: K, or None for no plate of particles.
+        values: values to hold sites at, by name, in the program's order (:attr:`Site.drawn`).
+    """
+    return run_program(pair, type(pair).guide, pair, *batch, num_particles=num_particles, values=values)
+
+
+def run_model(
+    pair: Pair,
+    *batch: Tensor,
+    num_particles: int | None = None,
+    values: Mapping[str, Tensor] | None = None,
+    observe: bool = True,
+) -> dict[str, Site]:
+    """Run the model alone, with latents from their priors where they are not held, and return its sites.
+
+    Args:
+        pair, batch, num_particles, values: as for :func:`run_guide`.
+        observe: whether observed sites keep their data; else they are drawn.
+    """
+    model = type(pair).model if observe else poutine.uncondition(type(pair).model)
+    return run_program(pair, model, pair, *batch, num_particles=num_particles, values=values)
+
+
+def run_program(
+    pair: Pair,
+    program: Callable[..., Any],
+    *arguments: Any,
+    num_particles: int | None = None,
+    values: Mapping[str, Tensor] | None = None,
+) -> dict[str, Site]:
+    """Run one program of a pair, with some latent sites held at values, and return its sites.
+
+    Args:
+        pair: the pair, which knows where the particles' dimension is.
+        program: called with ``arguments``.
+        arguments: the pair where the program is a plain method, then data and conditions.
+        num_particles: K, or None for no plate of particles.
+        values: values by site, in the program's order.
+    """
+    held = program if values is None else _Hold(values)(program)
+    if num_particles is None:
+        return sites_of(poutine.trace(held).get_trace(*arguments))
+    with _particle_plate(pair, num_particles):
+        return sites_of(poutine.trace(held).get_trace(*arguments))
+
+
+class _Hold(Messenger):
+    """Give latent sites values, and leave them latent: they are scored, not observed."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.values and not msg["is_observed"]:
+            msg["value"], msg["done"] = self.values[msg["name"]], True
+
+
+def _particle_plate(pair: Pair, num_particles: int) -> pyro.plate:
+    return pyro.plate(PARTICLES, num_particles, dim=particle_dim(pair))
 
 
 def particle_dim(pair: Pair) -> int:
@@ -49,117 +255,52 @@ def particle_dim(pair: Pair) -> int:
     return -1 - pair.max_plate_nesting
 
 
-def sample_sites(trace: Trace) -> dict[str, Any]:
-    """Return a trace's sample sites by name, in order, without ``pyro.deterministic`` ones."""
-    sites = {}
-    for name, site in trace.nodes.items():
-        if site["type"] != "sample" or site["infer"].get("_deterministic", False):
-            continue
-        if type(site["fn"]).__name__ == "_Subsample":
-            if (site["fn"].subsample_size or site["fn"].size) < site["fn"].size:
-                raise ValueError(
-                    f"plate '{name}' subsamples: write pyro.plate('{name}', len(x)), the batch's own size; "
-                    "training scales by itself, and a scale inside a pair breaks every bound with a logsumexp"
-                )
-            continue
-        sites[name] = site
-    return sites
-
-
-def site_log_prob(site: Any, particle_dim: int) -> Tensor:
-    """Return a site's unscaled log-density summed to (K, B): plates other than particles and data are summed."""
-    plates = {frame.name: frame for frame in site["cond_indep_stack"]}
-    if "data" not in plates:
-        raise ValueError(
-            f"site '{site['name']}' lies outside the data plate: sample it inside pyro.plate('data', len(x)), so that "
-            "its log-density belongs to one datum"
-        )
-    data_dim = plates["data"].dim
-    log_prob = scale_and_mask(site["fn"].log_prob(site["value"]), 1.0, site["mask"])
-    others = [dim for dim in range(-log_prob.dim(), 0) if dim not in (data_dim, particle_dim)]
-    named = {frame.dim for frame in plates.values()}
-    if stray := [dim for dim in others if log_prob.shape[dim] != 1 and dim not in named]:
-        raise ValueError(
-            f"site '{site['name']}' has {log_prob.shape[stray[0]]} entries in dimension {stray[0]} of its batch, which "
-            "belongs to no plate: particles and data come left of and in the pair's plates; make that dimension part "
-            "of the event (.to_event), or give it a plate"
-        )
-    return log_prob.sum(others) if others else log_prob
-
-
-def point_masses(guide: Trace) -> set[str]:
-    """Return the names of the sites that a guide's trace fixes to a point mass."""
-    return {name for name, site in sample_sites(guide).items() if isinstance(bare(site["fn"]), Delta)}
-
-
-def x_site(sites: dict[str, Any], x: Tensor) -> Any:
-    """Return the site that observes x, also where ``uncondition`` has freed it.
+def site_of_x(model: Mapping[str, Site], data: Tensor) -> Site:
+    """Return the site that observes ``data``, also in a run that drew it anew.
 
     Raises:
-        ValueError: when several sites observe something and none of them x itself.
+        ValueError: when no site or several sites observe something, and not exactly one of them ``data`` itself.
     """
-    observed = [site for site in sites.values() if site["is_observed"] or site["infer"].get("was_observed", False)]
-    exact = [site for site in observed if site["value"] is x or site["infer"].get("obs") is x]
+    observed = [site for site in model.values() if site.observation is not None]
+    exact = [site for site in observed if site.observation is data]
     if len(exact or observed) != 1:
-        names = [site["name"] for site in observed]
+        names = [site.name for site in observed]
         raise ValueError(f"the model observes {names}: exactly one site must observe x itself, as obs=x")
     return (exact or observed)[0]
 
 
-def check_measures(guide: Trace, model: Trace) -> None:
-    """Refuse a guide whose density at a site is of another kind than the model's: their ratio would mean nothing.
-
-    Raises:
-        ValueError: for a continuous guide at a discrete site and the reverse, and for a point mass outside the
-            support of the model's site.
-    """
-    for name, site in sample_sites(guide).items():
-        other = sample_sites(model)[name]["fn"]
-        if isinstance(bare(site["fn"]), Delta):
-            if not bool(other.support.check(site["value"]).all()):
-                raise ValueError(
-                    f"the guide's point mass at '{name}' lies outside the model's support, {other.support}"
-                )
-        elif site["fn"].support.is_discrete != other.support.is_discrete:
-            raise ValueError(
-                f"site '{name}' is {'discrete' if other.support.is_discrete else 'continuous'} in the model but not in "
-                "the guide: a mass over a density is no weight; give both the same kind of distribution"
-            )
-
-
-def bare(distribution: Any) -> Any:
-    """Return the distribution inside ``Independent``, expanded and masked wrappers."""
-    while hasattr(distribution, "base_dist") and type(distribution).__name__ in (
-        "Independent",
-        "MaskedDistribution",
-        "ExpandedDistribution",
-    ):
-        distribution = distribution.base_dist
-    return distribution
-
-
-def check_same_latents(guide: Trace, model: Trace) -> None:
+def check_same_latents(guide: Mapping[str, Site], model: Mapping[str, Site]) -> None:
     """Refuse a guide that samples other sites than the model's latent ones.
 
     Raises:
         ValueError: naming the sites that one of them lacks.
     """
-    latents = {name for name, site in sample_sites(model).items() if not site["is_observed"]}
-    guided = set(sample_sites(guide))
-    if missing := sorted(latents - guided):
+    latents = {name for name, site in model.items() if not site.is_observed}
+    if missing := sorted(latents - set(guide)):
         raise ValueError(
-            f"the model samples {missing}, the guide does not: it would be drawn from the prior and never paid for; "
-            "sample it in the guide too"
+            f"the model samples {missing}, the guide does not: their KL term would be missing from the ELBO; sample "
+            "them in the guide too"
         )
-    if extra := sorted(guided - latents):
+    if extra := sorted(set(guide) - latents):
         raise ValueError(f"the guide samples {extra}, which is no latent site of the model; rename or remove it")
 
 
-def whole_value(site: Any) -> Tensor:
-    """Return a site's value with all its batch axes, which a point mass may lack."""
-    plates = [frame for frame in site["cond_indep_stack"] if frame.dim is not None]
-    batch_shape = [1] * max(-frame.dim for frame in plates)
-    for frame in plates:
-        batch_shape[frame.dim] = frame.size
-    value: Tensor = site["value"].expand(*batch_shape, *site["fn"].event_shape)
-    return value
+def check_measures(trace: PairTrace) -> None:
+    """Refuse a guide whose density at a site is of another kind than the model's: their ratio would mean nothing.
+
+    Raises:
+        ValueError: for a continuous guide at a discrete site and the reverse, and for a point mass outside the support
+            of the model's site.
+    """
+    for name, site in trace.guide.items():
+        other = trace.model[name]
+        if site.is_point_mass:
+            if not bool(other.fn.support.check(site.drawn).all()):
+                raise ValueError(
+                    f"the guide's point mass at '{name}' lies outside the model's support, {other.fn.support}"
+                )
+        elif site.is_discrete != other.is_discrete:
+            raise ValueError(
+                f"site '{name}' is {'discrete' if other.is_discrete else 'continuous'} in the model but not in "
+                "the guide: a mass over a density is no weight; give both the same kind of distribution"
+            )

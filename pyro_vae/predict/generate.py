@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.pair.modes import device_of, drawing
 from pyro_vae.pair.pair import Pair
-from pyro_vae.pair.trace import sample_sites, x_site
+from pyro_vae.pair.trace import run_model, site_of_x
 
 __all__ = ["Generated", "generate", "placeholder_for"]
 
@@ -50,15 +49,13 @@ def generate(
     placeholder = placeholder_for(pair, num_samples)
     with drawing(pair, seed):
         conditions = tuple(tensor.to(placeholder.device) for tensor in conditions)
-        model = poutine.uncondition(type(pair).model)
-        if given:
-            model = poutine.condition(model, data={name: value.to(placeholder.device) for name, value in given.items()})
-        sites = sample_sites(poutine.trace(model).get_trace(pair, placeholder, *conditions))
+        values = {name: value.to(placeholder.device) for name, value in (given or {}).items()}
+        sites = run_model(pair, placeholder, *conditions, values=values, observe=False)
         if unknown := sorted(set(given or ()) - set(sites)):
             raise ValueError(f"given names {unknown}; the model's sites are {sorted(sites)}")
-        x = x_site(sites, placeholder)
-        latents = {name: site["value"] for name, site in sites.items() if site is not x}
-        return Generated(x["value"], x["fn"].mean, latents)
+        x = site_of_x(sites, placeholder)
+        latents = {name: site.drawn for name, site in sites.items() if site is not x}
+        return Generated(x.drawn, x.fn.mean, latents)
 
 
 def placeholder_for(pair: Pair, size: int) -> Tensor:

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from pyro import poutine
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_vae.pair.checks import check_batch, check_support
+from pyro_vae.pair.inspection import inspect
 from pyro_vae.pair.modes import drawing, to_pair
 from pyro_vae.pair.pair import Pair
-from pyro_vae.pair.terms import sum_terms
-from pyro_vae.pair.trace import (
-    particle_dim,
-    particle_plate,
-    point_masses,
-    sample_sites,
-    site_log_prob,
-    trace_pair,
-    whole_value,
-    x_site,
-)
+from pyro_vae.pair.site import Site
+from pyro_vae.pair.trace import PairTrace, run_guide, run_model, trace_pair
 from pyro_vae.predict.generate import generate
 from pyro_vae.runtime.memory import MEBIBYTE, chunk_sizes
 from pyro_vae.runtime.random_state import derived_seed, fresh_seed
@@ -92,8 +81,7 @@ def impute(
         raise ValueError(f"{type(pair).__name__} has plates of its own; impute knows the data plate only")
     mask = mask.expand_as(x)
     batch = (torch.where(mask, x, torch.zeros_like(x)), *conditions)
-    check_batch(pair, batch)
-    check_support(pair, batch, "x", mask)
+    inspect(pair, batch, seen=mask)
     seen, mask, *others = to_pair(pair, (batch[0], mask, *conditions))
     # Chains are data of their own: S copies of each datum, S × B in all, each begun at a draw of its own.
     rows = torch.arange(len(x), device=seen.device).repeat(num_samples)
@@ -131,53 +119,45 @@ class _Chain:
 
     def start(self) -> Tensor:
         """Draw the first z from weights that see x's seen part only, then complete x; return the weights (K, B)."""
-        guide, model = self._propose(self.num_particles)
-        terms = sum_terms(guide, model, self._dim)
-        site = x_site(sample_sites(model), self.x)
-        seen = torch.where(self.mask, _entrywise(site), 0.0).flatten(2).sum(-1)
-        weights = terms.log_weights - site_log_prob(site, self._dim) + seen
-        self._choose(guide, model, weights)
+        trace = self._propose(self.num_particles)
+        seen = torch.where(self.mask, _entrywise(trace.x), 0.0).flatten(2).sum(-1)
+        weights = trace.terms.log_weights - trace.x.log_prob + seen
+        self._choose(trace, weights)
         return weights
 
     def sweep(self) -> None:
         """Draw z given the completed x among the current one and K proposals, then the missing part of x."""
-        guide, _ = self._propose(self.num_particles + 1)
+        size = self.num_particles + 1
+        proposed = self._propose(size).guide
+        values = {name: site.drawn for name, site in proposed.items()}
         for name, value in self.current.items():
-            node = guide.nodes[name]
-            node["value"] = torch.cat([value.unsqueeze(0), whole_value(node)[1:]])
+            site = proposed[name]
+            values[name] = site.as_drawn(torch.cat([value.unsqueeze(0), site.value[1:]]))
         # Scored again as a whole: the guide's later sites may depend on the current values of earlier ones.
-        with particle_plate(self.pair, self.num_particles + 1):
-            scored = poutine.trace(poutine.replay(type(self.pair).guide, trace=guide))
-            guide = scored.get_trace(self.pair, self.x, *self.conditions)
-            model = poutine.trace(poutine.replay(type(self.pair).model, trace=guide))
-            model = model.get_trace(self.pair, self.x, *self.conditions)
-        self._choose(guide, model, sum_terms(guide, model, self._dim).log_weights)
+        guide = run_guide(self.pair, self.x, *self.conditions, num_particles=size, values=values)
+        values = {name: site.drawn for name, site in guide.items()}
+        model = run_model(self.pair, self.x, *self.conditions, num_particles=size, values=values)
+        trace = PairTrace(guide, model, self.x)
+        self._choose(trace, trace.terms.log_weights)
 
-    @property
-    def _dim(self) -> int:
-        return particle_dim(self.pair)
-
-    def _propose(self, size: int) -> tuple[Trace, Trace]:
+    def _propose(self, size: int) -> PairTrace:
         return trace_pair(self.pair, self.x, *self.conditions, num_particles=size)
 
-    def _choose(self, guide: Trace, model: Trace, log_weights: Tensor) -> None:
+    def _choose(self, trace: PairTrace, log_weights: Tensor) -> None:
         chosen = torch.distributions.Categorical(logits=log_weights.mT).sample()
         rows = torch.arange(len(self.x), device=self.x.device)
-        fixed = point_masses(guide)
-        self.approximate = bool(fixed)
-        self.current = {
-            name: whole_value(site)[chosen, rows] for name, site in sample_sites(guide).items() if name not in fixed
-        }
-        drawn = x_site(sample_sites(model), self.x)["fn"].sample()[chosen, rows]
+        self.approximate = bool(trace.point_masses)
+        self.current = {name: site.value[chosen, rows] for name, site in trace.latents.items()}
+        drawn = trace.x.fn.sample()[chosen, rows]
         self.x = torch.where(self.mask, self.x, drawn)
 
 
-def _entrywise(site: Any) -> Tensor:
+def _entrywise(site: Site) -> Tensor:
     """Return log p of each entry of x, (K, B, …)."""
-    distribution = site["fn"]
+    distribution = site.fn
     if not isinstance(distribution, torch.distributions.Independent) or distribution.base_dist.event_shape:
         raise ValueError(
-            f"site '{site['name']}' has a {type(distribution).__name__} likelihood: impute needs one that factorises "
+            f"site '{site.name}' has a {type(distribution).__name__} likelihood: impute needs one that factorises "
             "over the entries of x, a .to_event() of univariate distributions"
         )
-    return distribution.base_dist.log_prob(site["value"])
+    return distribution.base_dist.log_prob(site.drawn)

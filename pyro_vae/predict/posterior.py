@@ -7,11 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_vae.pair.checks import check_batch, check_support
+from pyro_vae.pair.inspection import inspect
 from pyro_vae.pair.modes import drawing, to_pair
 from pyro_vae.pair.pair import Pair
-from pyro_vae.pair.terms import sum_terms
-from pyro_vae.pair.trace import particle_dim, sample_sites, trace_pair, whole_value, x_site
+from pyro_vae.pair.trace import trace_pair
 from pyro_vae.runtime.memory import MEBIBYTE, chunk_sizes
 
 __all__ = ["Posterior", "Reconstruction", "posterior", "reconstruct"]
@@ -45,8 +44,7 @@ def reconstruct(pair: Pair, *batch: Tensor, num_particles: int = 1, seed: int | 
     """
     batch = _on_device(pair, batch)
     with drawing(pair, seed):
-        _, model = trace_pair(pair, *batch, num_particles=num_particles)
-        x = x_site(sample_sites(model), batch[0])["fn"]
+        x = trace_pair(pair, *batch, num_particles=num_particles).x.fn
         return Reconstruction(x.mean, x.sample())
 
 
@@ -74,9 +72,9 @@ def posterior(
     batch = _on_device(pair, batch)
 
     def draw(chunk: tuple[Tensor, ...], size: int) -> Posterior:
-        guide, model = trace_pair(pair, *chunk, num_particles=size)
-        latents = {name: whole_value(site) for name, site in sample_sites(guide).items()}
-        return Posterior(latents, sum_terms(guide, model, particle_dim(pair)).log_weights)
+        trace = trace_pair(pair, *chunk, num_particles=size)
+        latents = {name: site.value for name, site in trace.guide.items()}
+        return Posterior(latents, trace.terms.log_weights)
 
     columns = []
     with drawing(pair, seed):
@@ -94,6 +92,5 @@ def _joined(parts: list[Posterior], dim: int) -> Posterior:
 
 
 def _on_device(pair: Pair, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    check_batch(pair, batch)
-    check_support(pair, batch, "x")
+    inspect(pair, batch)
     return to_pair(pair, batch)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.pair.checks import check_tensor, refuse_outside
 from pyro_vae.pair.modes import drawing
 from pyro_vae.pair.pair import Pair
-from pyro_vae.pair.trace import particle_plate, sample_sites, x_site
+from pyro_vae.pair.trace import run_model, run_program, site_of_x
 from pyro_vae.predict.generate import placeholder_for
 
 __all__ = ["SuperResolution", "super_resolve"]
@@ -55,13 +54,12 @@ def super_resolve(pair: Pair, y: Tensor, *, num_samples: int = 16, seed: int | N
     placeholder = placeholder_for(pair, len(y))
     check_tensor(y, placeholder.dtype, "y")
     y = y.to(placeholder.device)
-    with drawing(pair, seed), particle_plate(pair, num_samples):
-        guide = poutine.trace(type(pair).low_resolution_guide).get_trace(pair, y)  # type: ignore[attr-defined]
-        model = poutine.condition(poutine.uncondition(type(pair).model), data={"y": y})
-        sites = sample_sites(poutine.trace(poutine.replay(model, trace=guide)).get_trace(pair, placeholder))
-        refuse_outside(sites["y"], y, "y")
-        x = x_site(sites, placeholder)
-        log_weights = -sum(site["fn"].log_prob(site["value"]) for site in sample_sites(guide).values())
-        for name in [*sample_sites(guide), "y"]:
-            log_weights = log_weights + sites[name]["fn"].log_prob(sites[name]["value"])
-        return SuperResolution(x["value"], x["fn"].mean, x["value"].std(0, correction=0), log_weights)
+    low_resolution: Any = type(pair).low_resolution_guide  # type: ignore[attr-defined]
+    with drawing(pair, seed):
+        guide = run_program(pair, low_resolution, pair, y, num_particles=num_samples)
+        values = {"y": y} | {name: site.drawn for name, site in guide.items()}
+        model = run_model(pair, placeholder, num_particles=num_samples, values=values, observe=False)
+        refuse_outside(model["y"], y, "y")
+        x = site_of_x(model, placeholder)
+        log_weights: Any = sum(model[name].log_prob for name in values) - sum(s.log_prob for s in guide.values())
+        return SuperResolution(x.drawn, x.fn.mean, x.drawn.std(0, correction=0), log_weights)

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 
 from pyro_vae.data import DataSet
-from pyro_vae.pair.checks import check_batch, check_support
-from pyro_vae.pair.pair import Pair
 
 __all__ = ["Data", "as_batch", "check_data", "check_settings", "fingerprint", "split"]
 
@@ -56,23 +54,18 @@ def fingerprint(batch: tuple[Tensor, ...] | None) -> str:
 
 
 def check_data(
-    pair: Pair,
     train: tuple[Tensor, ...],
-    held_out: tuple[Tensor, ...] | None,
     *,
     batch_size: int,
     epochs: int,
     num_particles: int,
     processes: int = 1,
 ) -> None:
-    """Refuse data that the pair cannot take, and counts that do not fit them.
+    """Refuse counts that do not fit the data.
 
     Raises:
         ValueError: naming the argument, what is wrong and how to mend it.
     """
-    if not any(parameter.requires_grad for parameter in pair.parameters()):
-        raise ValueError(f"{type(pair).__name__} has no parameters to train")
-    check_batch(pair, train, "data")
     if epochs < 1:
         raise ValueError(f"epochs is {epochs}; it must be at least 1")
     if not 1 <= batch_size <= len(train[0]):
@@ -83,10 +76,6 @@ def check_data(
         )
     if num_particles < 1:
         raise ValueError(f"num_particles is {num_particles}; it must be at least 1")
-    check_support(pair, train, "data")
-    if held_out is not None:
-        check_batch(pair, held_out, "validation")
-        check_support(pair, held_out, "validation")
 
 
 def check_settings(

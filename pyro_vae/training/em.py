@@ -10,7 +10,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_vae.pair.checks import check_batch, check_support
+from pyro_vae.pair.inspection import inspect
 from pyro_vae.pair.modes import to_pair
 from pyro_vae.pair.pair import Pair
 
@@ -85,8 +85,7 @@ def em(pair: Pair, x: Tensor, *, steps: int = 200, tolerance: float = 1e-7) -> E
         raise ValueError(f"steps is {steps}; it must be at least 1")
     if not tolerance >= 0:
         raise ValueError(f"tolerance is {tolerance}; it is a gain in nats and cannot be negative")
-    check_batch(pair, (x,))
-    check_support(pair, (x,), "x")
+    inspect(pair, (x,))
     (x,) = to_pair(pair, (x,))
     after_e: list[float] = []
     after_m: list[float] = []

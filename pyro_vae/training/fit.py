@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pyro_vae.objectives.bounds import elbo
 from pyro_vae.objectives.loss import WEIGHED, Loss, check_loss
-from pyro_vae.pair.checks import check_batch
+from pyro_vae.pair.inspection import Inspection, inspect
 from pyro_vae.pair.pair import Pair
 from pyro_vae.runtime.batches import Batches
 from pyro_vae.runtime.device import resolve_device
@@ -24,7 +24,7 @@ from pyro_vae.runtime.distributed import Averaging, LostProcessError, Processes,
 from pyro_vae.runtime.random_state import own_random_state
 from pyro_vae.training.arguments import Data, as_batch, check_data, check_settings, fingerprint, split
 from pyro_vae.training.captured_step import captured_step
-from pyro_vae.training.precision import Precision, check_precision, networks, to_precision
+from pyro_vae.training.precision import Precision, check_precision, to_precision
 from pyro_vae.training.step import Step, eager_step
 from pyro_vae.training.trainer import Settings, Trainer
 
@@ -140,10 +140,10 @@ def fit(
     """
     loss = Trace_ELBO() if loss is None else loss
     processes, target = _place(device, precision, tf32)
-    train, held_out = _data(pair, data, validation, precision, seed)
+    train, held_out, inspection = _data(pair, data, validation, precision, seed)
     kept: dict[str, Any] = {"batch_size": batch_size, "num_particles": num_particles, "lr": lr, "clip_norm": clip_norm}
     kept |= {"beta": beta, "warmup": warmup, "patience": patience, "seed": seed, "compiled": compiled, "tf32": tf32}
-    _check(pair, loss, train, held_out, epochs, processes.size, kept)
+    _check(inspection, loss, train, held_out, epochs, processes.size, kept)
     update = _optimizer(optimizer, list(pair.to(target).parameters()), lr)
     schedule = None if scheduler is None else _schedule(scheduler, update, held_out is not None)
     named: dict[str, Any] = {
@@ -154,7 +154,7 @@ def fit(
     named |= {"data": fingerprint(train), "validation": fingerprint(held_out), "precision": precision or _dtype(pair)}
     settings = Settings(**kept, **named, processes=processes.size)
     processes.check_same((settings.data, settings.validation))
-    in_bfloat16 = networks(pair, train) if precision == "bf16-mixed" else []
+    in_bfloat16 = list(inspection.networks) if precision == "bf16-mixed" else []
     trainer = Trainer(pair, update, schedule, Batches(train, target), held_out, settings, processes, in_bfloat16)
     trainer.weighs_divergence = loss is elbo or isinstance(loss, WEIGHED)
     shows = progress and processes.is_first
@@ -177,18 +177,21 @@ def _dtype(pair: Pair) -> str:
 
 def _data(
     pair: Pair, data: Data, validation: Data | float | None, precision: Precision | None, seed: int
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]:
-    """Return training and held-out data in the run's precision, to which the pair is converted too."""
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None, Inspection]:
+    """Return training and held-out data in the run's precision, to which the pair is converted, and its facts."""
     batch = _converted(as_batch(data), precision)
     to_precision(pair, precision)
-    check_batch(pair, batch, "data")
+    if not any(parameter.requires_grad for parameter in pair.parameters()):
+        raise ValueError(f"{type(pair).__name__} has no parameters to train")
+    inspection = inspect(pair, batch, "data")
     if validation is not None and not isinstance(validation, (int, float)):
         validation = _converted(as_batch(validation), precision)
-    return split(batch, validation, seed)
+        inspection.check(validation, "validation")
+    return (*split(batch, validation, seed), inspection)
 
 
 def _check(
-    pair: Pair,
+    inspection: Inspection,
     loss: Loss,
     train: tuple[Tensor, ...],
     held_out: tuple[Tensor, ...] | None,
@@ -198,10 +201,10 @@ def _check(
 ) -> None:
     """Refuse bad data and settings before anything is trained or written."""
     counts = {name: kept[name] for name in ("batch_size", "num_particles")}
-    check_data(pair, train, held_out, **counts, epochs=epochs, processes=processes)
+    check_data(train, **counts, epochs=epochs, processes=processes)
     check_settings(held_out, **{name: kept[name] for name in ("lr", "beta", "warmup", "clip_norm", "patience")})
     uses_beta = kept["beta"] != 1 or kept["warmup"] > 0
-    check_loss(pair, loss, train, num_particles=kept["num_particles"], uses_beta=uses_beta)
+    check_loss(inspection, loss, train, num_particles=kept["num_particles"], uses_beta=uses_beta)
 
 
 def _train(

@@ -9,14 +9,9 @@ from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
-from pyro_vae.pair.modes import device_of, evaluation, to_pair
-from pyro_vae.pair.pair import Pair
-from pyro_vae.pair.trace import trace_pair
-from pyro_vae.runtime.random_state import own_random_state
-
-__all__ = ["Precision", "check_precision", "float32_products", "mixed", "networks", "to_precision"]
+__all__ = ["Precision", "check_precision", "float32_products", "mixed", "to_precision"]
 
 Precision: TypeAlias = Literal["float32", "float64", "bf16-mixed"]
 # What parameters, densities and sums are kept in.
@@ -49,44 +44,6 @@ def to_precision(thing: Thing, precision: Precision | None) -> Thing:
     if isinstance(thing, Tensor) and not thing.is_floating_point():
         return thing
     return thing.to(DTYPES[precision])
-
-
-def networks(pair: Pair, batch: tuple[Tensor, ...]) -> list[nn.Module]:
-    """Return the pair's networks: its outermost modules that hold parameters and return tensors, run on two data.
-
-    A module that returns a distribution is none, nor is the pair itself.
-
-    >>> import pyro_vae as pv
-    >>> pair = pv.models.VAE((3,), pv.StandardNormal(1), encoder=nn.Linear(3, 2), decoder=nn.Linear(1, 3))
-    >>> networks(pair, (torch.zeros(2, 3),))[:2]
-    [Linear(in_features=3, out_features=2, bias=True), Linear(in_features=1, out_features=3, bias=True)]
-    """
-    modules = [module for module in pair.modules() if module is not pair]
-    others = {module for module in modules if not any(True for _ in module.parameters())}
-    calls: dict[nn.Module, list[tuple[nn.Module, ...]]] = {}
-    running: list[nn.Module] = []
-
-    def enter(module: nn.Module, _: Any) -> None:
-        calls.setdefault(module, []).append(tuple(running))
-        running.append(module)
-
-    def leave(module: nn.Module, _: Any, output: Any) -> None:
-        running.pop()
-        if not all(isinstance(leaf, Tensor) for leaf in tree_leaves(output)):
-            others.add(module)
-
-    handles = [m.register_forward_pre_hook(enter) for m in modules] + [m.register_forward_hook(leave) for m in modules]
-    try:
-        with evaluation(pair), own_random_state(0, device_of(pair)):
-            trace_pair(pair, *to_pair(pair, tuple(tensor[:2] for tensor in batch)))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [
-        module
-        for module, outer in calls.items()
-        if module not in others and any(set(above) <= others for above in outer)
-    ]
 
 
 @contextmanager

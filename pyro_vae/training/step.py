@@ -10,20 +10,17 @@ as a tensor, which is read later, and a loss that is not finite then moves the p
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Protocol
 
 import pyro
 import torch
 from pyro.infer import ELBO
-from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pyro_vae.objectives.loss import Loss
+from pyro_vae.pair.handlers import scaled_latents
 from pyro_vae.pair.pair import Pair
-from pyro_vae.pair.terms import log_terms
-from pyro_vae.pair.trace import bare, sample_sites, trace_pair
+from pyro_vae.pair.trace import log_terms, trace_pair
 
 __all__ = [
     "Average",
@@ -32,7 +29,6 @@ __all__ = [
     "eager_backward",
     "eager_step",
     "non_finite_sites",
-    "scaled_latents",
     "updating_step",
 ]
 
@@ -164,47 +160,13 @@ def _without_bad_gradients(total: Any, gradients: list[Tensor], norm: Tensor) ->
     return total.masked_fill(bad, math.nan)
 
 
-class _ScaleLatents(Messenger):
-    """Scale the log-densities of latent sites by β ≥ 0, in the guide and in the model that replays it.
-
-    A site that the guide fixes to a point mass is data, not a latent to be regularised, and keeps its weight.
-    """
-
-    def __init__(self, beta: float | Tensor) -> None:
-        super().__init__()
-        self.beta = beta
-        self.fixed: set[str] = set()
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["is_observed"]:
-            return
-        if isinstance(bare(msg["fn"]), pyro.distributions.Delta):
-            self.fixed.add(msg["name"])
-        if msg["name"] not in self.fixed:
-            msg["scale"] = msg["scale"] * self.beta
-
-
-@contextmanager
-def scaled_latents(beta: float | Tensor) -> Iterator[None]:
-    """Weigh the divergence terms of any Pyro ELBO inside by β: log p(x | z) + β [log p(z) − log q(z | x)].
-
-    ``poutine.scale`` would refuse β = 0, where warm-ups begin, and would weigh the data term too.
-    """
-    # A recorded step's β is a tensor, whose value is not asked for.
-    if not isinstance(beta, Tensor) and beta == 1.0:
-        yield
-    else:
-        with _ScaleLatents(beta):
-            yield
-
-
 def non_finite_sites(pair: Pair, *batch: Tensor) -> list[str]:
     """Return the sites whose log-density is not finite on a batch, model sites by name, guide sites as 'q(name)'."""
     with pyro.validation_enabled(False), torch.no_grad():
-        guide, model = trace_pair(pair, *batch)
+        trace = trace_pair(pair, *batch)
         return [
             form.format(name)
-            for trace, form in ((guide, "q({})"), (model, "{}"))
-            for name, site in sample_sites(trace).items()
-            if not torch.isfinite(site["fn"].log_prob(site["value"])).all()
+            for sites, form in ((trace.guide, "q({})"), (trace.model, "{}"))
+            for name, site in sites.items()
+            if not torch.isfinite(site.log_prob).all()
         ]

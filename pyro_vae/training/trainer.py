@@ -23,7 +23,7 @@ from pyro_vae.capture.cuda_graph import GraphedStep
 from pyro_vae.pair.annealed import annealed
 from pyro_vae.pair.modes import device_of
 from pyro_vae.pair.pair import Pair
-from pyro_vae.pair.terms import site_terms
+from pyro_vae.pair.trace import site_terms
 from pyro_vae.runtime.batches import Batch, Batches, Rows
 from pyro_vae.runtime.distributed import Processes
 from pyro_vae.runtime.files import read_json, write_text

@@ -27,6 +27,7 @@ from pyro_vae.conditionals.scales import LearnedScale
 from pyro_vae.models import VAE, LinearGaussianMixtureVAE, LinearGaussianVAE
 from pyro_vae.objectives.bounds import elbo, iwae
 from pyro_vae.objectives.loss import check_loss
+from pyro_vae.pair.inspection import inspect
 from pyro_vae.training.run_folder import load_state
 from tests.support.off_guides import WrongScale
 
@@ -226,7 +227,7 @@ def test_09_a_mixture_in_the_guide_gives_its_parameters_no_path() -> None:
     assert not pair.q().sample((3,)).requires_grad
     assert pair.q().component_distribution.rsample((3,)).requires_grad
     with pytest.raises(ValueError, match=r"site 'z' \(GaussianMixture\) has no rsample"):
-        check_loss(pair, iwae, (x,), num_particles=1, uses_beta=False)
+        check_loss(inspect(pair, (x,)), iwae, (x,), num_particles=1, uses_beta=False)
     assert any("make its component a site" in f.message for f in pv.testing.check_pair(pair, x))
 
 

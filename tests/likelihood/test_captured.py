@@ -121,11 +121,11 @@ class AsksForAValue(pv.Pair):
 def test_what_cannot_be_recorded_is_eager_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks, "BYTES_BEFORE_CAPTURE", 1)
     pair, x = AsksForAValue(), torch.randn(5)
-    with pytest.warns(UserWarning, match=r"test_chunks.py:\d+ asks for a tensor's value") as caught:
+    with pytest.warns(UserWarning, match=r"test_captured.py:\d+ asks for a tensor's value") as caught:
         ll = pv.log_likelihood(pair, x, num_particles=20, seed=0)
     assert len(caught) == 1
     assert torch.equal(ll.per_datum, pv.log_likelihood(pair, x, num_particles=20, seed=0, capture=False).per_datum)
-    with pytest.raises(CaptureError, match=r"test_chunks.py:\d+ asks for a tensor's value"):
+    with pytest.raises(CaptureError, match=r"test_captured.py:\d+ asks for a tensor's value"):
         pv.log_likelihood(pair, x, num_particles=20, capture=True)
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae.likelihood.estimate import quantity_of
 from pyro_vae.models import SRVAE, VAE, LinearGaussianMixtureVAE, LinearGaussianVAE, LinearTwoStageVAE
+from pyro_vae.pair.inspection import inspect
 from pyro_vae.runtime.memory import CountBytes, chunk_sizes
 from tests.support.off_guides import WrongScale
 
@@ -118,7 +118,7 @@ def srvae(transition: Any, **kwargs: Any) -> SRVAE:
 def test_the_quantity_is_named_by_the_reading(transition: str, quantity: str) -> None:
     pair, x = srvae(transition), torch.rand(3, 1, 4, 4)
     ll = pv.log_likelihood(pair, x, num_particles=2, seed=0)
-    assert ll.quantity == quantity_of(pair, x) == quantity
+    assert ll.quantity == inspect(pair, (x,)).quantity == quantity
     assert repr(ll).startswith(f"{quantity} = ")
     # The data's likelihood is a density in all three.
     with pytest.raises(ValueError, match="bits per dimension"):

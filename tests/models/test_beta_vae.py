@@ -14,6 +14,7 @@ from pyro_vae.cli.recipes.beta_vae import BetaVAEOptions
 from pyro_vae.models import VAE, BetaVAE
 from pyro_vae.objectives.bounds import capacity_elbo, elbo
 from pyro_vae.objectives.loss import check_loss
+from pyro_vae.pair.inspection import inspect
 from pyro_vae.pair.terms import LogTerms
 
 # Sums of a few dozen terms of order ten in float64.
@@ -120,7 +121,7 @@ def test_a_resumed_run_under_another_weight_is_refused(tmp_path: Any) -> None:
 def test_a_capacity_of_another_module_is_refused() -> None:
     objective = capacity_elbo(1.0, pv.Annealed(0.0, 3.0, 2))
     with pytest.raises(ValueError, match=r"capacity_elbo\(1, 0 to 3 in 2 epochs\) follows a number that is no module"):
-        check_loss(small(), objective, (bits(),), num_particles=1, uses_beta=False)
+        check_loss(inspect(small(), (bits(),)), objective, (bits(),), num_particles=1, uses_beta=False)
 
 
 @pytest.mark.parametrize("penalty", ["divergence", "capacity", "total-correlation"])

@@ -20,6 +20,7 @@ from pyro_vae.distributions.one_hot import OneHots, RelaxedOneHots
 from pyro_vae.models import CategoricalVAE
 from pyro_vae.objectives.bounds import elbo
 from pyro_vae.objectives.loss import check_loss
+from pyro_vae.pair.inspection import inspect
 
 # Sums of a few hundred terms of order ten in float64.
 ROUNDING = {"rtol": 1e-10, "atol": 1e-10}
@@ -179,9 +180,9 @@ def test_what_is_reported_is_of_the_discrete_model_however_it_was_trained() -> N
 
 def test_a_relaxed_guide_takes_objectives_and_a_discrete_one_does_not() -> None:
     x = (bits(),)
-    check_loss(small(pv.GumbelSoftmax(0.5)), elbo, x, num_particles=1, uses_beta=False)
+    check_loss(inspect(small(pv.GumbelSoftmax(0.5)), x), elbo, x, num_particles=1, uses_beta=False)
     with pytest.raises(ValueError, match=r"guide's site 'z' .*has no rsample"):
-        check_loss(small(), elbo, x, num_particles=1, uses_beta=False)
+        check_loss(inspect(small(), x), elbo, x, num_particles=1, uses_beta=False)
 
 
 def test_the_temperature_falls_while_training_and_the_recorded_step_sees_it() -> None:

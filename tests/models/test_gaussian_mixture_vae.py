@@ -12,7 +12,7 @@ from torch import Tensor
 
 import pyro_vae as pv
 from pyro_vae.models import VAE, GaussianMixtureVAE
-from pyro_vae.pair.trace import sample_sites
+from pyro_vae.pair.site import sites_of
 from pyro_vae.runtime.random_state import own_random_state
 from pyro_vae.testing import PairContract
 
@@ -56,8 +56,8 @@ def test_marginalising_the_cluster_gives_the_mixture_prior() -> None:
     joint = []
     for c in range(3):
         given = poutine.condition(GaussianMixtureVAE.model, data={"c": torch.full((7,), c), "z": z})
-        sites = sample_sites(poutine.trace(given).get_trace(pair, x.expand(7, 1, 4, 4)))
-        joint.append(sum(sites[name]["fn"].log_prob(sites[name]["value"]) for name in ("c", "z")))
+        sites = sites_of(poutine.trace(given).get_trace(pair, x.expand(7, 1, 4, 4)))
+        joint.append(sum(sites[name].fn.log_prob(sites[name].drawn) for name in ("c", "z")))
     torch.testing.assert_close(torch.stack(joint).logsumexp(0), pair.prior().log_prob(z), **ROUNDING)
 
 
@@ -96,8 +96,8 @@ def test_a_drawn_cluster_leaves_the_gradient_unbiased() -> None:
     programs = [poutine.condition(f, data=fixed) for f in (GaussianMixtureVAE.guide, GaussianMixtureVAE.model)]
     many = x.expand(draws, 1, 4, 4)
     guide = poutine.trace(programs[0]).get_trace(pair, many)
-    sites = sample_sites(poutine.trace(poutine.replay(programs[1], trace=guide)).get_trace(pair, many))
-    terms = sites["c"]["fn"].log_prob(sites["c"]["value"]) + sites["z"]["fn"].log_prob(fixed["z"])
+    sites = sites_of(poutine.trace(poutine.replay(programs[1], trace=guide)).get_trace(pair, many))
+    terms = sites["c"].fn.log_prob(sites["c"].drawn) + sites["z"].fn.log_prob(fixed["z"])
     c = guide.nodes["c"]["value"]
     assert not guide.nodes["c"]["fn"].probs.requires_grad
     (gradient,) = torch.autograd.grad(terms.sum() / draws, pair.prior.means)

@@ -157,8 +157,8 @@ def test_a_narrowing_gaussian_reading_tends_to_the_delta_reading_and_the_entropy
     for s in (1e-4, 1e-6):
         gaussian.s = pv.FixedScale(s)
         torch.manual_seed(1)
-        guide, _ = trace_pair(gaussian, x)
-        at = {name: guide.nodes[name]["value"].squeeze(0) for name in ("u", "y", "z")}
+        guide = trace_pair(gaussian, x).guide
+        at = {name: guide[name].drawn.squeeze(0) for name in ("u", "y", "z")}
         weights = densities(SRVAE.model, gaussian, x, at) - densities(SRVAE.guide, gaussian, x, at)
         surprise = -gaussian.q_y(x).log_prob(at["y"])
         at["y"] = delta.down_scale(x)

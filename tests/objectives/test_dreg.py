@@ -16,6 +16,7 @@ import pyro_vae as pv
 from pyro_vae.models import VAE, LinearGaussianMixtureVAE, LinearGaussianVAE
 from pyro_vae.objectives.bounds import iwae
 from pyro_vae.objectives.loss import check_loss
+from pyro_vae.pair.inspection import inspect
 
 
 class Chain(pv.Pair):
@@ -218,10 +219,12 @@ def test_bad_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match=r"give it pair\.model, pair.guide"):
         pv.DReG().loss(lambda x: None, pair.guide, x)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="beta weighs the divergence"):
-        check_loss(pair, pv.DReG(2), (x,), num_particles=1, uses_beta=True)
+        check_loss(inspect(pair, (x,)), pv.DReG(2), (x,), num_particles=1, uses_beta=True)
 
 
 def test_a_guide_that_corrupts_its_data_is_refused() -> None:
     pair = pv.models.DenoisingVAE((3,), pv.StandardNormal(2), pv.GaussianNoise(0.1), pv.Gaussian())
     with pytest.raises(ValueError, match=r"density at 'z' changes from run to run .*use the objective iwae"):
-        check_loss(pair, pv.DReG(4), (torch.randn(4, 3),), num_particles=1, uses_beta=False)
+        check_loss(
+            inspect(pair, (torch.randn(4, 3),)), pv.DReG(4), (torch.randn(4, 3),), num_particles=1, uses_beta=False
+        )

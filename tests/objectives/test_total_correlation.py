@@ -17,6 +17,7 @@ from pyro_vae.models import VAE, LinearGaussianMixtureVAE
 from pyro_vae.objectives.bounds import beta_elbo, elbo
 from pyro_vae.objectives.loss import check_loss
 from pyro_vae.objectives.total_correlation import _log_weights
+from pyro_vae.pair.inspection import inspect
 from pyro_vae.training.captured_step import captured_step
 from pyro_vae.training.step import eager_step
 
@@ -149,7 +150,7 @@ def test_the_recorded_step_and_pyros_own_loop_take_it() -> None:
 
 def checked(pair: pv.Pair, size: int = 8, data: Tensor | None = None) -> None:
     x = torch.randn(8, 5) if data is None else data
-    check_loss(pair, pv.TotalCorrelationELBO(2.0, size), (x,), num_particles=1, uses_beta=False)
+    check_loss(inspect(pair, (x,)), pv.TotalCorrelationELBO(2.0, size), (x,), num_particles=1, uses_beta=False)
 
 
 @pytest.mark.parametrize(

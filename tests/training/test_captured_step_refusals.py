@@ -70,7 +70,8 @@ def test_a_program_that_is_not_recorded_names_its_line(change: Any) -> None:
     line = inspect.getsourcelines(change)[1] + (change.__name__ != "<lambda>")
     step = captured_step(pair, Trace_ELBO(), torch.optim.SGD(pair.parameters(), lr=0.1))
     with pytest.raises(
-        CaptureError, match=rf"Trace_ELBO of VAE is not recorded: .*test_capture_refusals.py:{line} {REFUSED[change]}"
+        CaptureError,
+        match=rf"Trace_ELBO of VAE is not recorded: .*test_captured_step_refusals.py:{line} {REFUSED[change]}",
     ):
         step(binary(6, 5))
 
@@ -208,13 +209,13 @@ def test_fit_falls_back_with_one_warning() -> None:
     pair = linear(branching)
     line = inspect.getsourcelines(branching)[1] + 1
     with pytest.warns(
-        UserWarning, match=rf"eager steps, which are slower: .*test_capture_refusals.py:{line} asks"
+        UserWarning, match=rf"eager steps, which are slower: .*test_captured_step_refusals.py:{line} asks"
     ) as seen:
         _, state = fitted(pair)
     assert len(seen) == 1
     _, expected = fitted(pair, capture=False)
     assert all(torch.equal(state[name], value) for name, value in expected.items())
-    with pytest.raises(ValueError, match=rf"test_capture_refusals.py:{line} asks for a tensor's value"):
+    with pytest.raises(ValueError, match=rf"test_captured_step_refusals.py:{line} asks for a tensor's value"):
         fitted(pair, capture=True)
 
 

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 import pyro_vae as pv
 from pyro_vae.models import VAE
-from pyro_vae.pair.trace import sample_sites, trace_pair
+from pyro_vae.pair.inspection import inspect
+from pyro_vae.pair.trace import trace_pair
 from pyro_vae.runtime.files import read_json
 from pyro_vae.training.captured_step import captured_step
-from pyro_vae.training.precision import mixed, networks
+from pyro_vae.training.precision import mixed
 from pyro_vae.training.step import Step, eager_step
 from tests.support.capture_cases import CASES, batches
 
@@ -63,14 +64,14 @@ def test_the_loss_is_that_of_single_precision_up_to_the_rounding_of_products(mak
     twin = copy.deepcopy(pair)
     exact = first_loss(eager_step(twin, Trace_ELBO(), torch.optim.SGD(twin.parameters())), x)
     torch.manual_seed(0)
-    z = trace_pair(pair, x)[0].nodes["z"]["value"].squeeze(0)
+    z = trace_pair(pair, x).guide["z"].drawn.squeeze(0)
     with torch.no_grad():
         # Weights, inputs and outputs are rounded once each, the bias at most twice; sums are in float32.
         loc = pair.decoder(z)
         error = 4 * UNIT_ROUNDOFF * (z.abs() @ pair.decoder.weight.abs().mT + pair.decoder.bias.abs())
         # log N(x; m + δ, 1) − log N(x; m, 1) = (x − m) δ − ½ δ².
         bound = float(((x - loc).abs() * error + error**2 / 2).sum(-1).mean())
-    with mixed(networks(pair, (x,)), CPU):
+    with mixed(list(inspect(pair, (x,)).networks), CPU):
         rounded = first_loss(make(pair, Trace_ELBO(), torch.optim.SGD(pair.parameters())), x)
     assert 0 < abs(rounded - exact) <= bound
     # A bound that says something: densities in bfloat16 would be off by their own eight bits.
@@ -81,11 +82,11 @@ def test_the_loss_is_that_of_single_precision_up_to_the_rounding_of_products(mak
 def test_draws_and_densities_are_in_single_precision(name: str) -> None:
     pair = CASES[name]()
     batch = batches(pair, (6,))[0]
-    with mixed(networks(pair, batch), CPU):
-        guide, model = trace_pair(pair, *batch)
-        for site in (*sample_sites(guide).values(), *sample_sites(model).values()):
-            assert site["value"].dtype in (torch.float32, torch.int64)
-            assert site["fn"].log_prob(site["value"]).dtype == torch.float32
+    with mixed(list(inspect(pair, batch).networks), CPU):
+        trace = trace_pair(pair, *batch)
+        for site in (*trace.guide.values(), *trace.model.values()):
+            assert site.drawn.dtype in (torch.float32, torch.int64)
+            assert site.fn.log_prob(site.drawn).dtype == torch.float32
 
 
 class Seen(nn.Module):
@@ -106,7 +107,7 @@ def small_vae() -> VAE:
 def test_networks_are_narrow_inside_and_left_as_they_were() -> None:
     pair, x = small_vae(), torch.randn(6, 4)
     encoder: Any = pair.q_z.network
-    found = networks(pair, (x,))
+    found = list(inspect(pair, (x,)).networks)
     # The outermost modules, not their layers.
     assert encoder in found
     assert encoder[0] not in found
@@ -126,7 +127,7 @@ def test_a_recording_has_the_eager_steps_numbers(name: str) -> None:
     for make in (eager_step, captured_step):
         own = copy.deepcopy(pair)
         step = make(own, Trace_ELBO(), torch.optim.SGD(own.parameters(), lr=1e-4))
-        with mixed(networks(own, batch), CPU):
+        with mixed(list(inspect(own, batch).networks), CPU):
             torch.manual_seed(0)
             found.append((torch.tensor([float(step(*batch)) for _ in range(4)]), dict(own.state_dict())))
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-7)

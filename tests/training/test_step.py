@@ -17,8 +17,11 @@ import pyro_vae as pv
 from pyro_vae.models import VAE, LinearGaussianMixtureVAE, LinearGaussianVAE
 from pyro_vae.objectives.bounds import elbo, iwae
 from pyro_vae.objectives.loss import check_loss
-from pyro_vae.pair.terms import LogTerms, log_terms, site_terms
-from pyro_vae.training.step import NonFiniteLossError, eager_step, non_finite_sites, scaled_latents
+from pyro_vae.pair.handlers import scaled_latents
+from pyro_vae.pair.inspection import inspect
+from pyro_vae.pair.terms import LogTerms
+from pyro_vae.pair.trace import log_terms, site_terms
+from pyro_vae.training.step import NonFiniteLossError, eager_step, non_finite_sites
 
 # Sums of a few hundred float64 terms: rounding stays below 1e-12 relative.
 ROUNDING = {"rtol": 1e-11, "atol": 1e-11}
@@ -107,22 +110,26 @@ def test_objectives_need_reparameterised_guides(objective: Any) -> None:
     batch = (torch.randn(3, 4),)
     message = r"guide's site 'c' \(Categorical\) has no rsample.*Trace_ELBO, TraceGraph_ELBO .*or TraceEnum_ELBO"
     with pytest.raises(ValueError, match=message):
-        check_loss(mixture_pair(), objective, batch, num_particles=1, uses_beta=False)
+        check_loss(inspect(mixture_pair(), batch), objective, batch, num_particles=1, uses_beta=False)
     for loss in (Trace_ELBO(), TraceGraph_ELBO(), TraceEnum_ELBO()):
-        check_loss(mixture_pair(), loss, batch, num_particles=1, uses_beta=False)
-    check_loss(LinearGaussianVAE(4, 2), objective, batch, num_particles=3, uses_beta=False)
+        check_loss(inspect(mixture_pair(), batch), loss, batch, num_particles=1, uses_beta=False)
+    check_loss(inspect(LinearGaussianVAE(4, 2), batch), objective, batch, num_particles=3, uses_beta=False)
 
 
 @pytest.mark.parametrize("loss", [elbo, iwae, RenyiELBO(num_particles=2)])
 def test_beta_is_refused_where_there_is_no_divergence_term(loss: Any) -> None:
     with pytest.raises(ValueError, match=r"beta weighs the divergence of Pyro's ELBOs"):
-        check_loss(small_vae(), loss, (torch.randn(3, 5),), num_particles=1, uses_beta=True)
+        check_loss(
+            inspect(small_vae(), (torch.randn(3, 5),)), loss, (torch.randn(3, 5),), num_particles=1, uses_beta=True
+        )
 
 
 @pytest.mark.parametrize("loss", [Trace_ELBO(num_particles=4), RenyiELBO(num_particles=2)])
 def test_particles_are_counted_once(loss: Any) -> None:
     with pytest.raises(ValueError, match=r"num_particles is 4; a Pyro ELBO holds its own"):
-        check_loss(small_vae(), loss, (torch.randn(3, 5),), num_particles=4, uses_beta=False)
+        check_loss(
+            inspect(small_vae(), (torch.randn(3, 5),)), loss, (torch.randn(3, 5),), num_particles=4, uses_beta=False
+        )
 
 
 # The step

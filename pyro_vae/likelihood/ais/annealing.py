@@ -13,8 +13,8 @@ from torch import Tensor
 from pyro_vae.likelihood.ais.hmc import HMC, tuned_steps
 from pyro_vae.likelihood.ais.path import AnnealingPath, Start
 from pyro_vae.likelihood.ais.temperatures import Schedule, sigmoidal_schedule
-from pyro_vae.likelihood.estimate import quantity_of
-from pyro_vae.pair.checks import check_batch, check_support
+from pyro_vae.pair.checks import check_batch
+from pyro_vae.pair.inspection import inspect
 from pyro_vae.pair.modes import device_of, evaluation
 from pyro_vae.pair.pair import Pair
 from pyro_vae.predict.generate import generate
@@ -130,11 +130,9 @@ def annealed_log_likelihood(
     >>> annealed_log_likelihood(pair, x, num_temperatures=20, num_chains=4, leapfrog_steps=3).per_datum.shape
     torch.Size([2])
     """
-    check_batch(pair, batch)
-    check_support(pair, batch, "x")
+    quantity = inspect(pair, batch).quantity
     betas = _check(num_temperatures, num_chains, leapfrog_steps, start, schedule)
     parts = []
-    quantity = quantity_of(pair, *batch)
     with _drawing(pair, batch, seed):
         for chunk in _chunks(pair, batch, num_chains):
             path = AnnealingPath(pair, chunk, num_chains, start)

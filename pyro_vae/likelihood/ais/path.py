@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
 import torch
-from pyro import poutine
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_vae.pair.pair import Pair
-from pyro_vae.pair.trace import particle_dim, particle_plate, point_masses, sample_sites, site_log_prob, trace_pair
+from pyro_vae.pair.site import Site
+from pyro_vae.pair.trace import run_guide, run_model, trace_pair
 
 __all__ = ["AnnealingPath", "Start"]
 
@@ -24,38 +24,36 @@ class AnnealingPath:
 
     def __init__(self, pair: Pair, batch: tuple[Tensor, ...], num_chains: int, start: Start) -> None:
         self.pair, self.batch, self.num_chains, self.start = pair, batch, num_chains, start
-        guide, model = trace_pair(pair, *batch, num_particles=num_chains)
-        self.fixed = {name: guide.nodes[name]["value"] for name in sorted(point_masses(guide))}
-        self.sites = {name: site for name, site in sample_sites(guide).items() if name not in self.fixed}
+        trace = trace_pair(pair, *batch, num_particles=num_chains)
+        self.fixed = {name: trace.guide[name].drawn for name in sorted(trace.point_masses)}
+        self.sites = trace.latents
         for name in self.sites:
-            _check_real(name, model.nodes[name]["fn"])
-        self.shapes = {name: site["value"].shape for name, site in self.sites.items()}
+            _check_real(trace.model[name])
 
     def draw(self) -> Tensor:
         """Return C × B independent draws of p_0, (C, B, L)."""
-        sites = sample_sites(self._trace("model" if self.start == "prior" else "guide", self.fixed))
-        return self._lay_out({name: sites[name]["value"] for name in self.sites})
+        run = run_model if self.start == "prior" else run_guide
+        sites = run(self.pair, *self.batch, num_particles=self.num_chains, values=self.fixed)
+        return self._lay_out({name: sites[name].value for name in self.sites})
 
     def posterior_draw(self, latents: dict[str, Tensor], rows: Tensor) -> Tensor:
         """Return each datum's own latents for every chain, (C, B, L)."""
         chosen = {}
-        for name, shape in self.shapes.items():
-            value = latents[name].movedim(self._data_dim(name), 0)[rows.to(latents[name].device)]
-            chosen[name] = value.movedim(0, self._data_dim(name)).expand(shape)
+        for name, site in self.sites.items():
+            # One draw without an axis of particles, as the model drew it.
+            value = latents[name].movedim(site.data_dim, 0)[rows.to(latents[name].device)]
+            chosen[name] = site.lay_out(value.movedim(0, site.data_dim))
         return self._lay_out(chosen)
 
     def log_densities(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return log p_0(z) and log p(x, z), each (C, B)."""
-        dim = particle_dim(self.pair)
         values = self._take_apart(z)
-        model = sample_sites(self._trace("model", {**self.fixed, **values}))
-        terms = {name: site_log_prob(site, dim) for name, site in model.items()}
-        log_joint: Any = sum(terms.values())
+        model = run_model(self.pair, *self.batch, num_particles=self.num_chains, values={**self.fixed, **values})
+        log_joint: Any = sum(site.log_prob for site in model.values())
+        start: Mapping[str, Site] = model
         if self.start == "guide":
-            terms = {
-                name: site_log_prob(site, dim) for name, site in sample_sites(self._trace("guide", values)).items()
-            }
-        log_start: Any = sum(terms[name] for name in self.sites)
+            start = run_guide(self.pair, *self.batch, num_particles=self.num_chains, values=values)
+        log_start: Any = sum(start[name].log_prob for name in self.sites)
         return log_start, log_joint
 
     def refuse_point_masses(self) -> None:
@@ -66,35 +64,23 @@ class AnnealingPath:
                 "use annealed_log_likelihood on data"
             )
 
-    def _trace(self, program: str, values: dict[str, Tensor]) -> Trace:
-        with particle_plate(self.pair, self.num_chains):
-            conditioned = poutine.condition(getattr(type(self.pair), program), data=values)
-            return poutine.trace(conditioned).get_trace(self.pair, *self.batch)
-
-    def _data_dim(self, name: str) -> int:
-        site = self.sites[name]
-        return next(f.dim for f in site["cond_indep_stack"] if f.name == "data") - site["fn"].event_dim
-
     def _lay_out(self, values: dict[str, Tensor]) -> Tensor:
-        parts = [values[name].expand(shape).movedim(self._data_dim(name), 1) for name, shape in self.shapes.items()]
-        return torch.cat([part.reshape(*part.shape[:2], -1) for part in parts], -1)
+        return torch.cat([values[name].reshape(*values[name].shape[:2], -1) for name in self.sites], -1)
 
     def _take_apart(self, z: Tensor) -> dict[str, Tensor]:
         values, begin = {}, 0
-        for name, shape in self.shapes.items():
-            moved = torch.empty(shape, device="meta").movedim(self._data_dim(name), 1).shape
-            end = begin + math.prod(moved[2:])
-            values[name] = z[..., begin:end].reshape(moved).movedim(1, self._data_dim(name))
+        for name, site in self.sites.items():
+            shape = site.value.shape
+            end = begin + math.prod(shape[2:])
+            values[name] = site.as_drawn(z[..., begin:end].reshape(shape))
             begin = end
         return values
 
 
-def _check_real(name: str, distribution: Any) -> None:
-    support = distribution.support
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    if support is not constraints.real:
+def _check_real(site: Site) -> None:
+    if site.entry_support is not constraints.real:
         raise ValueError(
-            f"site '{name}' ({type(distribution).__name__}) has support {support}: annealing moves latents by their "
-            "gradients and needs every one real; use log_likelihood, or write the site as a transformed real one"
+            f"site '{site.name}' ({type(site.fn).__name__}) has support {site.entry_support}: annealing moves latents "
+            "by their gradients and needs every one real; use log_likelihood, or write the site as a transformed real "
+            "one"
         )

@@ -1,0 +1,161 @@
+"""Facts about a pair, established by running its programs once on a few data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from pyro_vae.pair.checks import check_batch, refuse_outside
+from pyro_vae.pair.modes import device_of, evaluation, rehearsal, to_pair
+from pyro_vae.pair.pair import Pair
+from pyro_vae.pair.site import Site
+from pyro_vae.pair.trace import PairTrace, check_measures, trace_pair
+from pyro_vae.runtime.random_state import own_random_state
+
+__all__ = ["Inspection", "inspect"]
+
+# Data that the programs are run on: two, so that a batch dimension differs from a broadcast one.
+FEW = 2
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Facts about a pair that training, evaluation and reports ask for.
+
+    ``fit`` and ``log_likelihood`` inspect once per call and hand the result down.
+
+    Args:
+        pair: the pair.
+        batch: the data and conditions that it was run on, at most two rows, on the pair's device.
+        trace: guide and model in evaluation mode, one particle.
+        networks: the pair's networks, i.e. its outermost modules that hold parameters and return tensors.
+    """
+
+    pair: Pair
+    batch: tuple[Tensor, ...]
+    trace: PairTrace
+    networks: tuple[nn.Module, ...]
+
+    @property
+    def x(self) -> Site:
+        """The site that observes ``x``."""
+        return self.trace.x
+
+    @property
+    def is_discrete(self) -> bool:
+        """Whether every observed site is a probability mass."""
+        return all(site.is_discrete for site in self.trace.model.values() if site.is_observed)
+
+    @property
+    def quantity(self) -> str:
+        """Name of the quantity that the guide's log-weights estimate.
+
+        "log p(x)"; "lower bound on log p(x)" where the guide puts a point mass on a discrete site; the joint density
+        "log p(x, y)" where it puts one on a continuous site ``y``.
+        """
+        fixed = [name for name in self.trace.model if name in self.trace.point_masses]
+        joint = [name for name in fixed if not self.trace.model[name].is_discrete]
+        target = self._log_p(joint)
+        return f"lower bound on {target}" if fixed and not joint else target
+
+    @property
+    def prior_quantity(self) -> str:
+        """Name of the quantity that draws from the prior estimate: log p(x) whatever the guide fixes."""
+        return self._log_p([])
+
+    @cached_property
+    def training(self) -> PairTrace:
+        """Guide and model in training mode, one particle; a pair may e.g. relax discrete draws there."""
+        with rehearsal(self.pair), own_random_state(0, device_of(self.pair)):
+            return trace_pair(self.pair, *self.batch)
+
+    def check(self, batch: tuple[Tensor, ...], argument: str, seen: Tensor | None = None) -> None:
+        """Refuse data that the pair cannot take, or that lie outside its likelihood's support.
+
+        Args:
+            batch: data and conditions.
+            argument: name of the argument that they came by, for the message.
+            seen: marks the entries of ``x`` that count; all of them without it.
+
+        Raises:
+            ValueError: naming the argument, what is wrong and how to mend it.
+        """
+        check_batch(self.pair, batch, argument)
+        refuse_outside(self.x, batch[0], argument, seen)
+
+    def _log_p(self, joint: list[str]) -> str:
+        observed = [name for name, site in self.trace.model.items() if site.is_observed]
+        return f"log p({', '.join([*observed, *joint])})"
+
+
+def inspect(pair: Pair, batch: tuple[Tensor, ...], argument: str = "x", seen: Tensor | None = None) -> Inspection:
+    """Check data against a pair and return facts about it, from one run of its programs on two data.
+
+    Args:
+        pair: any pair; it is left as it was, as is the caller's random state.
+        batch: ``x`` (N, …) and the pair's conditions.
+        argument: name of the argument that the data came by, for messages.
+        seen: marks the entries of ``x`` that count; all of them without it.
+
+    Raises:
+        ValueError: for data that the pair cannot take, data outside the likelihood's support, latent sites that model
+            and guide do not share, and a guide of another kind (a mass or a density) than the model.
+
+    >>> import torch, pyro_vae as pv
+    >>> inspect(pv.models.LinearGaussianVAE(5, 2), (torch.zeros(3, 5),)).quantity
+    'log p(x)'
+    """
+    check_batch(pair, batch, argument)
+    few = to_pair(pair, tuple(tensor[:FEW] for tensor in batch))
+    finder = _NetworkFinder(pair)
+    with evaluation(pair), own_random_state(0, device_of(pair)), finder:
+        trace = trace_pair(pair, *few)
+        check_measures(trace)
+    refuse_outside(trace.x, batch[0], argument, seen)
+    return Inspection(pair, few, trace, finder.networks())
+
+
+class _NetworkFinder:
+    """Watch which modules call which while a pair runs.
+
+    A module that returns a distribution is no network, nor is the pair itself.
+    """
+
+    def __init__(self, pair: Pair) -> None:
+        self.modules = [module for module in pair.modules() if module is not pair]
+        self.others = {module for module in self.modules if not any(True for _ in module.parameters())}
+        self.calls: dict[nn.Module, list[tuple[nn.Module, ...]]] = {}
+        self.running: list[nn.Module] = []
+        self.handles: list[Any] = []
+
+    def __enter__(self) -> None:
+        for module in self.modules:
+            self.handles += [
+                module.register_forward_pre_hook(self._enter),
+                module.register_forward_hook(self._leave),
+            ]
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def networks(self) -> tuple[nn.Module, ...]:
+        """Return the outermost modules that hold parameters and return tensors."""
+        return tuple(
+            module
+            for module, outer in self.calls.items()
+            if module not in self.others and any(set(above) <= self.others for above in outer)
+        )
+
+    def _enter(self, module: nn.Module, _: Any) -> None:
+        self.calls.setdefault(module, []).append(tuple(self.running))
+        self.running.append(module)
+
+    def _leave(self, module: nn.Module, _: Any, output: Any) -> None:
+        self.running.pop()
+        if not all(isinstance(leaf, Tensor) for leaf in tree_leaves(output)):
+            self.others.add(module)
