@@ -13,6 +13,7 @@ from benchmarks import published
 from benchmarks.harness.common import RESULTS, ROOT
 from benchmarks.harness.side_by_side import table
 from benchmarks.harness.tables import provenance
+from benchmarks.house.english import BANNED, STARTS
 from benchmarks.speed import likelihood
 from pyro_vae.report.markdown import markdown_table
 from pyro_vae.runtime.files import read_json, write_text
@@ -179,12 +180,43 @@ def growth(record: dict[str, Any]) -> str:
     return f"{markdown_table(header, rows)}\n\n{provenance(record)}"
 
 
+def house(record: dict[str, Any]) -> str:
+    """Return the table of a checkout's structure, a column for each."""
+    rows = record["results"]["rows"]
+    most = [next(iter(row["most_imported"].items())) for row in rows.values()]
+    lines = {
+        "Python files, folders": [f"{row['files']}, {len(row['files_per_folder'])}" for row in rows.values()],
+        "most files in one folder": [row["most_files_in_a_folder"] for row in rows.values()],
+        "modules that import a module, mean": [row["mean_imported_by"] for row in rows.values()],
+        "most imported module": [f"`{name.partition('.')[2]}`, by {count}" for name, count in most],
+        "names imported beyond `__all__`": [len(row["beyond_all"]) for row in rows.values()],
+        "site dictionaries read outside `pair/`": [row["site_reads"] for row in rows.values()],
+        "repeated blocks of 6 lines or more": [len(row["copies"]) for row in rows.values()],
+        "words per docstring sentence, median, 90 %": [
+            f"{row['english']['median']:.0f}, {row['english']['percentile_90']:.0f}" for row in rows.values()
+        ],
+        **{
+            f"“{phrase}” in 10 000 words": [f"{row['english']['per_10_000'][phrase]:.1f}" for row in rows.values()]
+            for phrase in BANNED
+        },
+        f"sentences that begin with {', '.join(STARTS)}": [row["english"]["starts"] for row in rows.values()],
+    }
+    header = ["", *(f"{name}, {row['commit']}" for name, row in rows.items())]
+    return markdown_table(header, [[name, *map(str, cells)] for name, cells in lines.items()])
+
+
 def thousands(count: int) -> str:
     """Return a number in groups of three digits."""
     return f"{count:,}".replace(",", " ")
 
 
-TABLES = {"two_stage_mnist": two_stage_mnist, "four_loops": four_loops, "coverage": coverage, "precision": precision}
+TABLES = {
+    "two_stage_mnist": two_stage_mnist,
+    "four_loops": four_loops,
+    "coverage": coverage,
+    "precision": precision,
+    "house": house,
+}
 # Timings, saved by kind of machine and shown in benchmarks/README.md.
 TIMINGS = {
     "training_step": ("One training step", training_step),
