@@ -24,7 +24,7 @@ import tyro
 from benchmarks.harness.common import RESULTS, ROOT, save
 from benchmarks.house.copies import copies
 from benchmarks.house.english import english
-from benchmarks.house.modules import beyond_all, files_per_folder, imported_by, imports, modules
+from benchmarks.house.modules import PACKAGE, beyond_all, files_per_folder, imported_by, imports, modules
 from benchmarks.house.sites import site_reads
 from pyro_vae.runtime.files import read_json
 
@@ -75,10 +75,12 @@ def measured(root: Path) -> dict[str, Any]:
 
 
 def _commit(root: Path) -> str:
-    """Return the checkout's commit, marked if files differ from it; "unknown" outside git."""
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
+    """Return the last commit of the package's source, with "+" if files have changed since; "unknown" outside git."""
+    last, changes = (
+        subprocess.run(["git", "-C", root, *command, "--", PACKAGE], capture_output=True, text=True, check=False).stdout
+        for command in (["log", "-1", "--format=%h", "--abbrev=7"], ["status", "--porcelain"])
+    )
+    return f"{last.strip()}{'+' if changes else ''}" or "unknown"
 
 
 if __name__ == "__main__":

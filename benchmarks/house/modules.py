@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Import", "Module", "beyond_all", "files_per_folder", "imported_by", "imports", "modules"]
+__all__ = ["PACKAGE", "Import", "Module", "beyond_all", "files_per_folder", "imported_by", "imports", "modules"]
 
 PACKAGE = "pyro_vae"
 
@@ -33,9 +33,7 @@ class Module:
     def exported(self) -> set[str]:
         """The names in ``__all__``; empty without one."""
         for node in self.tree.body:
-            if isinstance(node, ast.Assign) and any(
-                isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets
-            ):
+            if isinstance(node, ast.Assign) and any(ast.unparse(target) == "__all__" for target in node.targets):
                 return {name.value for name in ast.walk(node.value) if isinstance(name, ast.Constant)}
         return set()
 
