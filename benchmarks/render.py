@@ -205,6 +205,21 @@ def house(record: dict[str, Any]) -> str:
     return markdown_table(header, [[name, *map(str, cells)] for name, cells in lines.items()])
 
 
+def start(record: dict[str, Any]) -> str:
+    """Return the table of the time, and of the program runs, before the first step or chunk, by checkout."""
+    rows = record["results"]["rows"]
+    lines = []
+    for case, calls in next(iter(rows.values())).items():
+        for call in calls:
+            cells = [row[case][call] for row in rows.values()]
+            times = [f"{cell['median_ms']:.0f}" for cell in cells]
+            lines.append([f"{case}: `{call}`", *times, *(f"{c['guide_runs']}, {c['model_runs']}" for c in cells)])
+    header = ["", *(f"{name}, ms" for name in rows), *(f"{name}, guide and model runs" for name in rows)]
+    return (
+        f"{markdown_table(header, lines)}\n\n{record['results']['threads']} thread, medians of 5. {provenance(record)}"
+    )
+
+
 def thousands(count: int) -> str:
     """Return a number in groups of three digits."""
     return f"{count:,}".replace(",", " ")
@@ -216,6 +231,7 @@ TABLES = {
     "coverage": coverage,
     "precision": precision,
     "house": house,
+    "start": start,
 }
 # Timings, saved by kind of machine and shown in benchmarks/README.md.
 TIMINGS = {

@@ -23,7 +23,7 @@ from tests.support.processes_case import TRAJECTORIES, trajectory
 # The fixture's processes are started once: its tests stay on one worker.
 pytestmark = pytest.mark.xdist_group("processes")
 # Far more than a start takes; only processes that hang meet it.
-PATIENCE = 120
+PATIENCE = 600
 TRAIN = ("-m", "pyro_vae", "train", "vae", "--data", "digits", "--latent", "2", "--run-dir", "run")
 
 
