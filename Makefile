@@ -4,8 +4,8 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 # Tests and examples use small tensors: one thread for each worker, a worker for each core.
 export OMP_NUM_THREADS := 1
-# A file whose tests share a costly fixture names an xdist_group, and stays on one worker.
-WORKERS := -n auto --dist loadgroup
+# Each worker begins with a contiguous part of the tests, which keeps most shared fixtures on one worker.
+WORKERS := -n auto --dist worksteal
 
 .PHONY: demo test check static house clean
 

@@ -212,12 +212,11 @@ def start(record: dict[str, Any]) -> str:
     for case, calls in next(iter(rows.values())).items():
         for call in calls:
             cells = [row[case][call] for row in rows.values()]
-            times = [f"{cell['median_ms']:.0f}" for cell in cells]
+            times = [f"{cell['median_ms']:.0f} ({cell['processor_ms']:.0f})" for cell in cells]
             lines.append([f"{case}: `{call}`", *times, *(f"{c['guide_runs']}, {c['model_runs']}" for c in cells)])
     header = ["", *(f"{name}, ms" for name in rows), *(f"{name}, guide and model runs" for name in rows)]
-    return (
-        f"{markdown_table(header, lines)}\n\n{record['results']['threads']} thread, medians of 5. {provenance(record)}"
-    )
+    note = f"{record['results']['threads']} thread, medians of 5; in brackets the processor's time."
+    return f"{markdown_table(header, lines)}\n\n{note} {provenance(record)}"
 
 
 def thousands(count: int) -> str:

@@ -95,20 +95,24 @@ CALLS: dict[str, Callable[[pv.Pair, Tensor], None]] = {
 def measured(make: Callable[[], tuple[pv.Pair, Tensor]], call: Callable[[pv.Pair, Tensor], None]) -> dict[str, Any]:
     """Return the median seconds to the first step or chunk, and the runs of each program before it."""
     seconds: list[float] = []
+    # The processor's time, which other programs on the machine disturb less.
+    busy: list[float] = []
     runs: Counter[str] = Counter()
     # The first one is not counted: it also imports and fills caches.
     for _ in range(ROUNDS + 1):
         torch.manual_seed(0)
         pair, x = make()
         runs = counted(pair)
-        start = time.perf_counter()
+        start, start_busy = time.perf_counter(), time.process_time()
         try:
             call(pair, x)
         except StartedError:
             seconds.append(time.perf_counter() - start)
+            busy.append(time.process_time() - start_busy)
     low, median, high = statistics.quantiles(seconds[1:], n=4)
     return {
         "median_ms": round(1000 * median, 1),
+        "processor_ms": round(1000 * statistics.median(busy[1:]), 1),
         "quartiles_ms": [round(1000 * low, 1), round(1000 * high, 1)],
         "guide_runs": runs["guide"],
         "model_runs": runs["model"],

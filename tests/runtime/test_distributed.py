@@ -20,8 +20,6 @@ from pyro_vae.runtime.distributed import Processes
 from pyro_vae.training.run_folder import load_state
 from tests.support.processes_case import TRAJECTORIES, trajectory
 
-# The fixture's processes are started once: its tests stay on one worker.
-pytestmark = pytest.mark.xdist_group("processes")
 # Far more than a start takes; only processes that hang meet it.
 PATIENCE = 600
 TRAIN = ("-m", "pyro_vae", "train", "vae", "--data", "digits", "--latent", "2", "--run-dir", "run")
