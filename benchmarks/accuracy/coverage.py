@@ -3,8 +3,8 @@
     python -m benchmarks.accuracy.coverage
 
 Probabilistic PCA with one latent; the guide is the posterior with its scale off by a factor r. The tail of its weights
-has the shape k = 1 − r² for r < 1, so that their variance is finite for r² > 1/2. For r > 1 they are bounded, and end
-like a square root: k = −2.
+has the shape k = 1 − r² for r < 1: their variance is finite for r² > 1/2. For r > 1 they are bounded, and end like a
+square root: k = −2.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python -m benchmarks.accuracy.four_loops
 
-Pyro's own SVI, ``pv.fit`` and a hand-written torch loop over ``Trace_ELBO`` draw the same noise and so follow one
+Pyro's SVI, ``pv.fit`` and a hand-written torch loop over ``Trace_ELBO`` draw the same noise and so follow one
 trajectory; a loop over ``pv.analytic_loss`` has the same gradient in expectation, with its divergences closed.
 """
 
@@ -82,7 +82,7 @@ def batches(train: Tensor, epochs: int, seed: int) -> Iterator[Tensor]:
 
 
 def by_fit(pair: pv.Pair, train: Tensor, epochs: int, seed: int) -> None:
-    """Train by the package's own loop."""
+    """Train by the package's loop."""
     pv.fit(pair, train, epochs=epochs, batch_size=BATCH, lr=LEARNING_RATE, seed=seed, device="cpu", progress=False)
 
 

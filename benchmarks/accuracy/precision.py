@@ -1,11 +1,11 @@
-"""What each precision costs on MNIST: nats of the test bound, and time of a step.
+"""Measure the cost of each precision on MNIST: nats of the test bound, and time of a step.
 
     PYRO_VAE_DATA=... python -m benchmarks.accuracy.precision
 
 A 784–400–20 Bernoulli VAE on binarised digits, trained from the same initial values over the same batches; the test
-bound is computed in float32, or in float64 for the run in float64, so that only training differs. Noise is the same in
+bound is computed in float32, or in float64 for the run in float64: only training differs. Noise is the same in
 float32 and bf16-mixed. Other seeds of the run in float32 say how much of a difference is luck. Steps are timed apart,
-captured and compiled, in turns, so that a slow minute of a shared machine falls on every precision: read the ratios.
+captured and compiled, in turns: a slow minute of a shared machine affects every precision. Read the ratios.
 """
 
 from __future__ import annotations
@@ -119,18 +119,18 @@ def step_times(cases: dict[str, Case], x: Tensor, device: torch.device) -> dict[
     steps = {}
     for name, case in cases.items():
         pair = to_precision(make_pair(case), case.precision).to(device)
-        own = to_precision(x, case.precision).to(device)
+        rows = to_precision(x, case.precision).to(device)
         optimizer = torch.optim.Adam(pair.parameters(), lr=1e-3, fused=True)
-        narrow = networks(pair, (own,)) if case.precision == "bf16-mixed" else []
-        steps[name] = captured_step(pair, Trace_ELBO(), optimizer, compiled=True), own, narrow
+        narrow = networks(pair, (rows,)) if case.precision == "bf16-mixed" else []
+        steps[name] = captured_step(pair, Trace_ELBO(), optimizer, compiled=True), rows, narrow
     for turn in range(1 + TURNS):
-        for name, (step, own, narrow) in steps.items():
+        for name, (step, rows, narrow) in steps.items():
             with ExitStack() as stack:
                 stack.enter_context(float32_products(device, cases[name].tf32))
                 stack.enter_context(mixed(narrow, device))
                 for i in range(BLOCK):
                     start = time.perf_counter()
-                    float(step(own))
+                    float(step(rows))
                     # The first turn records and compiles.
                     if turn and i:
                         seconds[name].append(time.perf_counter() - start)

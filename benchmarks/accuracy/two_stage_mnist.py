@@ -2,7 +2,7 @@
 
     python -m benchmarks.accuracy.two_stage_mnist --data-root FOLDER
 
-All four put a discretised logistic on x's 256 gray levels, so that nats and bits per dimension compare; y is 14 × 14.
+All four put a discretised logistic on x's 256 gray levels. Nats and bits per dimension are comparable. y is 14 × 14.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ def trained(pair: pv.Pair, data: pv.data.DataSet, name: str, **settings: Any) ->
     validation = data.validation if data.validation is not None else data.test
     run = pv.fit(pair, data.train, validation=validation, run_dir=folder, resume=resume, **{**FAST, **settings})
     losses = [record["validation_loss"] for record in run.metrics]
-    # Each epoch has its own time, those before an interruption too. With patience the best epoch's parameters are left.
+    # Epochs before an interruption are timed too. With patience, the best epoch's parameters are left.
     return sum(record["seconds"] for record in run.metrics), min(losses) if "patience" in settings else losses[-1]
 
 

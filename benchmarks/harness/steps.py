@@ -107,7 +107,7 @@ def in_bf16(pair: pv.Pair) -> Row:
 
 
 def by_svi(pair: pv.Pair) -> Row:
-    """Return Pyro's own step, without validation, and with Pyro's own optimiser."""
+    """Return the step of Pyro's SVI with Pyro's optimiser, without validation."""
     return SVI(pair.model, pair.guide, pyro.optim.Adam({"lr": LEARNING_RATE}), Trace_ELBO()).step
 
 

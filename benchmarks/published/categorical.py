@@ -54,7 +54,7 @@ def run(scale: float, data_root: str | None) -> dict[str, Any]:
 
 @torch.no_grad()
 def _training_loss(pair: pv.Pair, x: torch.Tensor) -> float:
-    """Return the loss per datum that training minimises, on its own draws."""
+    """Return the loss per datum that training minimises, on the training draws."""
     torch.manual_seed(0)
     loss, pair = TraceMeanField_ELBO(), pair.train()
     total = sum(loss.loss(pair.model, pair.guide, rows) for rows in x.split(250))

@@ -3,8 +3,8 @@
     python -m benchmarks.speed.epoch
 
 An epoch is 60 000 binary images of 784 pixels in batches of 128, in a new order each time, float32 unless said, Adam.
-All rows train the same networks; batches are gathered and losses read as each loop does it. They take turns of one
-epoch, so that a slow minute of a shared machine falls on all of them; read the ratios. ``fit`` follows its losses after
+All rows train the same networks; each loop gathers batches and reads losses in its way. They take turns of one epoch,
+because a slow minute of a shared machine then affects all of them. Read the ratios. ``fit`` evaluates its losses after
 every epoch, and that counts. NumPyro leaves the short last batch out, as its example does.
 """
 
@@ -57,7 +57,7 @@ class Options:
 def main(options: Options) -> None:
     """Time, print a table for each case and save the figures."""
     torch.set_num_threads(options.threads)
-    # For Pyro's own loops; fit validates its first step alone.
+    # For Pyro's loops; fit validates only its first step.
     pyro.enable_validation(False)
     started = time.perf_counter()
     data = round(DATA * options.scale)

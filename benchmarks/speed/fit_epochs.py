@@ -30,7 +30,7 @@ EPOCHS = 10**9
 
 
 class Between(nn.Module):
-    """What ``fit`` asks at the end of every epoch, here for nothing but to be called between two of them."""
+    """Is called by ``fit`` between two epochs, as a module with a ``monitor``."""
 
     def __init__(self, epochs: Iterator[None]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""How the cost of captured training grows with batch, latents, hidden width, image side, particles and data.
+"""Measure the growth of captured training's cost with batch, latents, hidden width, image side, particles and data.
 
     python -m benchmarks.speed.growth
 

@@ -3,8 +3,8 @@
     python -m benchmarks.speed.likelihood
 
 All rows evaluate the same network, 784–512–40, on the same binary images, float32, in images × samples per second. They
-take turns, so that a slow minute of a shared machine falls on all of them; read the ratios. pythae is installed into
-an environment that is thrown away; where that is not possible its rows are absent.
+take turns, because a slow minute of a shared machine then affects all of them. Read the ratios. pythae is installed
+into a throw-away environment. If that fails, its rows are absent.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def peer_python(folder: Path) -> str | None:
     """Make a throw-away environment with pythae beside this process's torch; None, with a reason, where that fails."""
     venv.create(folder / "peer", with_pip=True)
     python = folder / "peer" / "bin" / "python"
-    # Later on the path than what is installed there, so that both sides run the same torch.
+    # Last on the path: both sides run the same torch.
     (site,) = (folder / "peer" / "lib").glob("python*/site-packages")
     (site / "outer.pth").write_text(str(Path(torch.__file__).parents[1]) + "\n", encoding="utf-8")
     command = [str(python), "-m", "pip", "install", "--quiet", PEER]
@@ -193,7 +193,7 @@ def peer_python(folder: Path) -> str | None:
 
 
 def peer(arguments: list[Any]) -> Turn:
-    """Time pythae in a process of its own; importing it does not count."""
+    """Time pythae in a separate process; importing it does not count."""
     python, *rest = map(str, arguments)
     command = [python, "-m", "benchmarks.harness.peers.pythae_likelihood", *rest]
     environment = launch.environment(rest[-1])

@@ -38,7 +38,7 @@ class Options:
 
 
 class Clock(nn.Module):
-    """What ``fit`` asks at the end of every epoch, for the time."""
+    """Records the time at the end of every epoch, as a module with a ``monitor``."""
 
     def monitor(self) -> float:
         """Return it in seconds."""

@@ -1,6 +1,6 @@
 """Start ``fit`` and ``log_likelihood`` a few times; print seconds and program runs as one line of JSON.
 
-Uses public names only, so that ``benchmarks.speed.start`` can run it on older versions of the package too.
+Use public names only: ``benchmarks.speed.start`` runs this on older versions of the package too.
 """
 
 from __future__ import annotations

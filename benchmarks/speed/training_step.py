@@ -3,7 +3,7 @@
     python -m benchmarks.speed.training_step
 
 All rows of a case train the same networks on batches of one shape with Adam, float32 unless said. They take turns in
-blocks of steps, so that a slow minute of a shared machine falls on all of them; read the ratios, not the milliseconds.
+blocks of steps, because a slow minute of a shared machine then affects all of them. Read the ratios.
 NumPyro and pythae are installed into a throw-away environment and run from there.
 """
 
@@ -121,7 +121,7 @@ def _warm(rows: dict[str, Callable[[Tensor], object]], batches: list[Tensor]) ->
 
 
 def _long_run(kind: str, count: int, threads: int) -> dict[str, Any]:
-    """Return the resident memory of a process of its own as it trains."""
+    """Return the resident memory of a separate process as it trains."""
     command = [sys.executable, "-m", "benchmarks.speed.long_run", "--kind", kind]
     command += ["--steps", str(count), "--threads", str(threads)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=launch.environment(threads))

@@ -1,7 +1,7 @@
-"""Train SRVAE on the bundled digits in each reading of q(y | x), and see what each bound is a bound on.
+"""Train SRVAE on the bundled digits in each reading of q(y | x), and name the quantity that each bound bounds.
 
-The figures: super-resolutions and samples per mixture component; the text: each reading's log-likelihood under its own
-name, and the loss's terms by sampling and in closed form.
+The figures: super-resolutions, and samples per mixture component. The text: each reading's log-likelihood with its
+label, and the loss's terms by sampling and in closed form.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Train a one-stage VAE on the bundled digits and draw what it learned.
+"""Train a one-stage VAE on the bundled digits and draw its reconstructions and samples.
 
 The figure: the training record, reconstructions and samples; the text: log p(x) by importance sampling from the guide
 beside naive Monte Carlo from the prior, with the same number of draws.

@@ -1,4 +1,4 @@
-"""Train a pair in an SVI script of one's own: nothing of this package's training is needed."""
+"""Train a pair in a plain SVI script, without this package's training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pyro_vae as pv
 
 @dataclass(frozen=True)
 class Options:
-    """Train SRVAE on the bundled digits by Pyro's own SVI."""
+    """Train SRVAE on the bundled digits by Pyro's SVI."""
 
     epochs: int = 50
     """Passes over the data."""
@@ -23,7 +23,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Train, then use two more of Pyro's own tools."""
+    """Train, then use two more of Pyro's tools."""
     pyro.set_rng_seed(0)
     data = pv.data.load("digits")
     pair = pv.models.SRVAE(data.x_shape, scale=2, prior=pv.MixtureOfGaussians(10, 16), transition="delta")

@@ -1,4 +1,4 @@
-"""Draw new digits from VAEs with 2, 5, 10 and 20 latents, and measure what more latents give and cost.
+"""Draw new digits from VAEs with 2, 5, 10 and 20 latents, and measure the gain and the cost of more latents.
 
 Sharpness is the mean difference of neighbouring pixels of E[x | z], relative to that of test digits. Confidence is a
 classifier's mean largest probability: how much a drawn digit is one of the ten. Between them lies the claim that more

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 import pyro_vae as pv
 
-# ArviZ 0.23 announces its successor when it is imported, and calls what pandas will remove.
+# ArviZ 0.23 announces its successor when it is imported, and calls functions that pandas will remove.
 warnings.filterwarnings("ignore", category=FutureWarning, module="arviz")
 warnings.filterwarnings("ignore", category=DeprecationWarning, message="The inplace keyword")
 import arviz as az  # noqa: E402

@@ -17,7 +17,7 @@ import pyro_vae as pv
 
 @dataclass(frozen=True)
 class Options:
-    """Draw what mistakes cost."""
+    """Draw the error of each mistake."""
 
     out: Path = Path("runs/plot_pitfalls")
     """Folder of the figure."""
@@ -38,7 +38,7 @@ def log_mean(log_weights):
 
 NORMAL, SIZE = dist.Normal(0.0, 1.0), 6
 
-# What each calls the mean of log p(x), of log-weights and log-terms (K, B); numbers as in tests/test_pitfalls_table.py.
+# Each mistake's mean log p(x), from log-weights and log-terms (K, B). Numbers: tests/documents/test_pitfalls_table.py.
 WRONG = {
     "1: a joint density, log p(x, z)": lambda w, t: (t.log_lik + t.log_prior).mean(),
     "2: a plate's scale of 20 inside the log": lambda w, t: log_mean(20 * w).mean() / 20,

@@ -1,8 +1,8 @@
 """Train β-VAEs on sprites whose factors are known, and look at which latent knows which factor.
 
 The figure: the mutual information of each latent with each factor at β = 1, at β = 4, and with β = 4 on the total
-correlation alone; and what the three most informative latents of the last do to an image. The text: MIG and the β-VAE
-metric of each.
+correlation alone; and the effect of the last one's three most informative latents on an image. The text: MIG and the
+β-VAE metric of each.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pyro_vae.report.figures import save_figure
 
 @dataclass(frozen=True)
 class Options:
-    """Compare what β does to a code."""
+    """Compare the codes for several β."""
 
     epochs: int = 9
     """Passes over the data."""

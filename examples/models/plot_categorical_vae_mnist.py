@@ -1,7 +1,7 @@
 """Train VAEs with categorical latents on MNIST in three ways and compare their discrete bounds.
 
 The figure: −ELBO of the discrete model on test data over epochs, for draws relaxed at a falling temperature,
-straight-through draws, and the score function; and what single variables of one code do to the digit. The text:
+straight-through draws, and the score function; and the effect of single variables of one code on the digit. The text:
 log p(x) of each, by importance sampling from the discrete guide.
 """
 

@@ -1,4 +1,4 @@
-"""Train a denoising VAE on bits of MNIST and look at what its guide makes of corrupted digits.
+"""Train a denoising VAE on bits of MNIST and see its reconstructions of corrupted digits.
 
 The figure: digits, a corruption of each, and the reconstruction from that corruption by a denoising VAE and by a plain
 one; their log-likelihoods against the number of corruptions that the guide mixes over. The text: those log-likelihoods.

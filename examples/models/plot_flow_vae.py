@@ -1,4 +1,4 @@
-"""Bend a guide by flows of several kinds: draws for one datum with two latents, and what each flow gains on digits.
+"""Bend a guide by flows of several kinds: draws for one datum with two latents, and each flow's gain on digits.
 
 The figure: the exact posterior of a two-dimensional latent on a grid, and each trained guide's draws upon it. The text:
 −ELBO and log p(x) of test digits with each guide's flow, of the same size otherwise.

@@ -58,7 +58,7 @@ def draw(pair: pv.models.GaussianMixtureVAE, counts: torch.Tensor, accuracy: flo
     left, right = figure.subplots(1, 2)
     given = {"c": order.repeat_interleave(10)}
     images = pv.generate(pair, 100, given=given, seed=0).mean.reshape(10, 10, 8, 8)
-    # Cells a pixel apart, so that neighbours do not run into one another.
+    # Cells a pixel apart: neighbours stay separate.
     cells = torch.nn.functional.pad(images, (1, 1, 1, 1), value=1.0)
     left.imshow(cells.permute(0, 2, 1, 3).reshape(100, 100).numpy(), cmap="gray", vmin=0, vmax=1)
     left.set(title="E[x | z], z from each cluster", ylabel="cluster", xticks=[], yticks=[10 * k + 5 for k in range(10)])

@@ -1,4 +1,4 @@
-"""Peers in an environment of their own, thrown away afterwards: installed here, never dependencies of the package.
+"""Install the peers into a throw-away environment and run their scripts there. The package does not depend on them.
 
 A peer's script takes its sizes as arguments, prints one JSON line when it is ready, and then answers every line that it
 reads with the seconds of a turn, as a JSON list.
@@ -44,8 +44,8 @@ def _environment() -> Iterator[Path]:
         subprocess.run([sys.executable, "-m", "venv", folder], check=True, timeout=INSTALL_SECONDS)
         python = Path(folder) / "bin" / "python"
         where = [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
-        own = subprocess.run(where, check=True, capture_output=True, text=True).stdout.strip()
-        (Path(own) / "parent.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+        site = subprocess.run(where, check=True, capture_output=True, text=True).stdout.strip()
+        (Path(site) / "parent.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
         yield python
 
 

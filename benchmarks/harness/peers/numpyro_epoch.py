@@ -1,4 +1,4 @@
-"""NumPyro's epoch as its own VAE example runs it: one jitted scan, in a new order, without the short last batch.
+"""Run epochs as NumPyro's VAE example does: one jitted scan, in a new order, without the short last batch.
 
 Answers ``launch.Peer``.
 """
@@ -29,8 +29,8 @@ def main() -> None:
     for _ in range(2):
         state, losses = epoch(state, x, key)
     for _ in turns(said()):
-        key, own = random.split(key)
-        state, losses = epoch(state, x, own)
+        key, part_key = random.split(key)
+        state, losses = epoch(state, x, part_key)
         losses.block_until_ready()
 
 

@@ -1,4 +1,4 @@
-"""pythae's epoch, of its own trainer, whose DataLoader hands it every step's batch. Answers ``launch.Peer``."""
+"""Run epochs of pythae's trainer, whose DataLoader delivers every batch. Answers ``launch.Peer``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a script answers whose turns another process asks for: see ``launch.Peer``."""
+"""Take a turn whenever another process asks for one, and answer with its seconds: see ``launch.Peer``."""
 
 from __future__ import annotations
 
