@@ -1,33 +1,31 @@
-"""Write the documents' tables and docs/results.md from the results kept as JSON: no figure is typed by hand.
+"""Write the documents' tables and docs/results.md from the saved JSON results. No figure is typed by hand.
 
-python benchmarks/render.py
+python -m benchmarks.render
 """
 
 from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
-import likelihood
-import reproductions
-from side_by_side import table
-from tables import provenance
-
+from benchmarks import published
+from benchmarks.harness.common import RESULTS, ROOT
+from benchmarks.harness.side_by_side import table
+from benchmarks.harness.tables import provenance
+from benchmarks.house.english import BANNED, STARTS
+from benchmarks.speed import likelihood
 from pyro_vae.report.markdown import markdown_table
 from pyro_vae.runtime.files import read_json, write_text
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 
 INTRODUCTION = """# Published figures, run again
 
-Each section is one script in [benchmarks/reproductions](../benchmarks/reproductions), run by
-`python benchmarks/reproduce.py NAME`; its table comes from the results that the script kept, by
-`python benchmarks/render.py`. The last section is by `python benchmarks/likelihood.py`. Log-likelihoods are in nats
-per datum. A schedule shorter than the published one says so.
+Each section is one module of [benchmarks/published](../benchmarks/published). Run it with
+`python -m benchmarks.published NAME`, then `python -m benchmarks.render` to write its table. The last section is from
+`python -m benchmarks.speed.likelihood`. Log-likelihoods are in nats per datum. If a schedule is shorter than the
+published one, the section says so.
 """
 
 
@@ -182,13 +180,59 @@ def growth(record: dict[str, Any]) -> str:
     return f"{markdown_table(header, rows)}\n\n{provenance(record)}"
 
 
+def house(record: dict[str, Any]) -> str:
+    """Return the table of a checkout's structure, a column for each."""
+    rows = record["results"]["rows"]
+    most = [next(iter(row["most_imported"].items())) for row in rows.values()]
+    lines = {
+        "Python files, folders": [f"{row['files']}, {len(row['files_per_folder'])}" for row in rows.values()],
+        "most files in one folder": [row["most_files_in_a_folder"] for row in rows.values()],
+        "modules that import a module, mean": [row["mean_imported_by"] for row in rows.values()],
+        "most imported module": [f"`{name.partition('.')[2]}`, by {count}" for name, count in most],
+        "names imported beyond `__all__`": [len(row["beyond_all"]) for row in rows.values()],
+        "site dictionaries read outside `pair/`": [row["site_reads"] for row in rows.values()],
+        "repeated blocks of 6 lines or more": [len(row["copies"]) for row in rows.values()],
+        "words per docstring sentence, median, 90 %": [
+            f"{row['english']['median']:.0f}, {row['english']['percentile_90']:.0f}" for row in rows.values()
+        ],
+        **{
+            f"“{phrase}” in 10 000 words": [f"{row['english']['per_10_000'][phrase]:.1f}" for row in rows.values()]
+            for phrase in BANNED
+        },
+        f"sentences that begin with {', '.join(STARTS)}": [row["english"]["starts"] for row in rows.values()],
+    }
+    header = ["", *(f"{name}, {row['commit']}" for name, row in rows.items())]
+    return markdown_table(header, [[name, *map(str, cells)] for name, cells in lines.items()])
+
+
+def start(record: dict[str, Any]) -> str:
+    """Return the table of the time, and of the program runs, before the first step or chunk, by checkout."""
+    rows = record["results"]["rows"]
+    lines = []
+    for case, calls in next(iter(rows.values())).items():
+        for call in calls:
+            cells = [row[case][call] for row in rows.values()]
+            times = [f"{cell['median_ms']:.0f} ({cell['processor_ms']:.0f})" for cell in cells]
+            lines.append([f"{case}: `{call}`", *times, *(f"{c['guide_runs']}, {c['model_runs']}" for c in cells)])
+    header = ["", *(f"{name}, ms" for name in rows), *(f"{name}, guide and model runs" for name in rows)]
+    note = f"{record['results']['threads']} thread, medians of 5; in brackets the processor's time."
+    return f"{markdown_table(header, lines)}\n\n{note} {provenance(record)}"
+
+
 def thousands(count: int) -> str:
     """Return a number in groups of three digits."""
     return f"{count:,}".replace(",", " ")
 
 
-TABLES = {"two_stage_mnist": two_stage_mnist, "four_loops": four_loops, "coverage": coverage, "precision": precision}
-# Results that are kept by kind of machine, shown in benchmarks/README.md.
+TABLES = {
+    "two_stage_mnist": two_stage_mnist,
+    "four_loops": four_loops,
+    "coverage": coverage,
+    "precision": precision,
+    "house": house,
+    "start": start,
+}
+# Timings, saved by kind of machine and shown in benchmarks/README.md.
 TIMINGS = {
     "training_step": ("One training step", training_step),
     "epoch": ("One epoch", epoch),
@@ -198,7 +242,7 @@ TIMINGS = {
 
 
 def timings() -> str:
-    """Return a section for each kind of machine and benchmark whose results are kept."""
+    """Return a section for each kind of machine and benchmark that has results."""
     sections = []
     for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
         for name, (title, render) in TIMINGS.items():
@@ -207,7 +251,7 @@ def timings() -> str:
                 table = render(json.loads(path.read_text(encoding="utf-8")))
                 picture = f"![{title}](results/{folder.name}/{name}.png)"
                 sections.append(f"## {title}, {folder.name}\n\n{picture}\n\n{table}")
-    return "\n\n".join(sections) or "No timings are kept yet."
+    return "\n\n".join(sections) or "No timings are saved yet."
 
 
 def rendered(text: str) -> str:
@@ -220,19 +264,19 @@ def rendered(text: str) -> str:
 
 
 def results() -> str:
-    """Return docs/results.md: a section for each reproduction, and each machine, whose results are kept."""
+    """Return docs/results.md: a section for each reproduction, and each machine, that has results."""
     sections = [INTRODUCTION]
-    for name in reproductions.names():
+    for name in published.names():
         path = RESULTS / f"reproduce_{name}.json"
         if path.exists():
-            row = reproductions.row(name)
+            row = published.row(name)
             sections.append(f"## {row.TITLE}\n\n{row.table(json.loads(path.read_text(encoding='utf-8')))}\n")
     for path in sorted(RESULTS.glob("*/likelihood.json")):
         kind = path.parent.name
         shown = likelihood.table(json.loads(path.read_text(encoding="utf-8")))
         picture = f"![Images × samples per second](../benchmarks/results/{kind}/likelihood.png)"
         sections.append(f"## Log-likelihoods per second, {kind}\n\n{shown}\n\n{picture}\n")
-    return "\n".join(sections if len(sections) > 1 else [*sections, "No results are kept yet.\n"])
+    return "\n".join(sections if len(sections) > 1 else [*sections, "No results are saved yet.\n"])
 
 
 if __name__ == "__main__":

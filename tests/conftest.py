@@ -13,9 +13,6 @@ import torch
 
 import pyro_vae as pv
 
-# The tensors here are small: a second thread costs more than it gives.
-torch.set_num_threads(1)
-
 
 @pytest.fixture(autouse=True)
 def _exact() -> Iterator[None]:

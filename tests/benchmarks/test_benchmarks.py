@@ -1,8 +1,7 @@
-"""What the benchmarks' scripts rest on: turns, summaries, slopes, scripts that answer, and where an epoch ends."""
+"""The harness of the benchmarks: turns, summaries, slopes, scripts that answer, and where an epoch ends."""
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Iterator
 from itertools import pairwise
@@ -13,17 +12,10 @@ import pytest
 import torch
 
 import pyro_vae as pv
-
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-@pytest.fixture(autouse=True)
-def _on_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-
-
-def module(name: str) -> Any:
-    return importlib.import_module(name)
+from benchmarks import render
+from benchmarks.harness import side_by_side
+from benchmarks.harness.peers import launch
+from benchmarks.speed import fit_epochs, growth, scaling, scaling_run
 
 
 def test_rows_take_turns_and_three_rounds_at_least() -> None:
@@ -32,13 +24,12 @@ def test_rows_take_turns_and_three_rounds_at_least() -> None:
     def turn(name: str) -> Any:
         return lambda: [order.append(name), float(len(order))][1:]
 
-    taken = module("side_by_side").by_turns({"a": turn("a"), "b": turn("b")}, rounds=5, seconds=-1.0)
+    taken = side_by_side.by_turns({"a": turn("a"), "b": turn("b")}, rounds=5, seconds=-1.0)
     assert order == ["a", "b"] * 3
     assert taken == {"a": [1.0, 3.0, 5.0], "b": [2.0, 4.0, 6.0]}
 
 
 def test_a_row_is_compared_by_medians() -> None:
-    side_by_side = module("side_by_side")
     taken = {"ours": [0.001, 0.002, 0.009], "theirs": [0.008, 0.004, 0.001]}
     rows = side_by_side.summaries(taken, "ours", {"ours": 1.5}, {"other": "absent: no network"})
     assert [rows[name]["median_ms"] for name in taken] == [2.0, 4.0]
@@ -56,14 +47,14 @@ def test_a_row_is_compared_by_medians() -> None:
 @pytest.mark.parametrize("power", [0.0, 1.0, 1.5])
 def test_slopes_are_the_powers_of_a_power_law(power: float) -> None:
     seconds = {size: [0.1 * size**power] * 3 for size in (1, 4, 32)}
-    found = module("growth").grown(seconds)
-    # As many digits as are kept.
+    found = growth.grown(seconds)
+    # As many digits as are saved.
     assert (found["slope"], found["last_slope"]) == (power, power)
 
 
 SCRIPT = """
 import sys
-from peers.turns import turns
+from benchmarks.harness.peers.turns import turns
 for number in turns({"device": "cpu", "sizes": sys.argv[1:]}, 0.0):
     if len(sys.argv) > 2:
         raise ValueError("two sizes are too many")
@@ -71,16 +62,15 @@ for number in turns({"device": "cpu", "sizes": sys.argv[1:]}, 0.0):
 
 
 @pytest.fixture
-def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS))
-    path = tmp_path / "script.py"
-    path.write_text(SCRIPT)
-    return path
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the name of a module that answers turns, as a peer's script does."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "answers_turns.py").write_text(SCRIPT)
+    return "answers_turns"
 
 
-def test_a_script_answers_each_turn_with_its_seconds(script: Path) -> None:
-    peers = module("peers")
-    with peers.running({"peer": lambda: peers.Peer(Path(sys.executable), script, threads=1)}) as (running, absent):
+def test_a_script_answers_each_turn_with_its_seconds(script: str) -> None:
+    with launch.running({"peer": lambda: launch.Peer(Path(sys.executable), script, threads=1)}) as (running, absent):
         peer = running["peer"]
         assert peer.said["sizes"] == ["1"]
         assert peer.said["first_seconds"] > 0
@@ -89,15 +79,14 @@ def test_a_script_answers_each_turn_with_its_seconds(script: Path) -> None:
     assert peer.process.returncode is not None
 
 
-def test_a_script_that_ends_says_why(script: Path) -> None:
-    peers = module("peers")
-    starts = {"peer": lambda: peers.Peer(Path(sys.executable), script, 7, threads=1)}
-    with peers.running(starts) as (running, _), pytest.raises(RuntimeError, match="two sizes are too many"):
+def test_a_script_that_ends_says_why(script: str) -> None:
+    starts = {"peer": lambda: launch.Peer(Path(sys.executable), script, 7, threads=1)}
+    with launch.running(starts) as (running, _), pytest.raises(RuntimeError, match="two sizes are too many"):
         running["peer"]()
-    missing = {"peer": lambda: peers.Peer(Path(sys.executable), script.with_name("none.py"), threads=1)}
-    with peers.running(missing) as (running, absent):
+    missing = {"peer": lambda: launch.Peer(Path(sys.executable), "no_such_script", threads=1)}
+    with launch.running(missing) as (running, absent):
         assert running == {}
-        assert "No such file" in absent["peer"]
+        assert "No module named" in absent["peer"]
 
 
 def test_an_epoch_is_all_that_fit_does_between_two_of_them() -> None:
@@ -108,8 +97,8 @@ def test_an_epoch_is_all_that_fit_does_between_two_of_them() -> None:
 
     asked: list[int] = []
     pair = pv.models.LinearGaussianVAE(3, 1)
-    pair.between = module("fit_epochs").Between(epochs())
-    pair.clock = module("scaling_run").Clock()
+    pair.between = fit_epochs.Between(epochs())
+    pair.clock = scaling_run.Clock()
     run = pv.fit(pair, torch.randn(64, 3), epochs=4, batch_size=32, progress=False)
     assert asked == [0, 1, 2, 3]
     ends = [record["monitor"]["clock"] for record in run.metrics]
@@ -118,7 +107,6 @@ def test_an_epoch_is_all_that_fit_does_between_two_of_them() -> None:
 
 
 def test_processes_share_a_batch_or_have_one_each() -> None:
-    scaling = module("scaling")
     rows = scaling.rows([1, 2, 4])
     assert rows[scaling.ONE] == (1, 1, 128)
     assert all(count * batch == 128 for name, (count, _, batch) in rows.items() if "together" in name)
@@ -132,15 +120,15 @@ def record(**results: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("name", "ours"), [("epoch", "fit, captured, compiled"), ("scaling", "1 process")])
-def test_kept_timings_are_rendered(name: str, ours: str) -> None:
-    rows = module("side_by_side").summaries({ours: [1.0] * 3, "another": [4.0] * 3}, ours, {}, {})
-    kept = record(cases={"one": rows}, data=60000, batch=128, threads=2, evaluated=2000, num_particles=100)
-    text = getattr(module("render"), name)(kept)
+def test_saved_timings_are_rendered(name: str, ours: str) -> None:
+    rows = side_by_side.summaries({ours: [1.0] * 3, "another": [4.0] * 3}, ours, {}, {})
+    saved = record(cases={"one": rows}, data=60000, batch=128, threads=2, evaluated=2000, num_particles=100)
+    text = getattr(render, name)(saved)
     assert "| another | 4.000 | 4.000–4.000 | 0.25 |" in text
     assert "60 000 data" in text
 
 
 def test_growth_is_rendered_with_its_slopes() -> None:
-    axis = {"work": "epoch", **module("growth").grown({10: [0.001] * 3, 100: [0.01] * 3})}
-    text = module("render").growth(record(axes={"data": axis}))
+    axis = {"work": "epoch", **growth.grown({10: [0.001] * 3, 100: [0.01] * 3})}
+    text = render.growth(record(axes={"data": axis}))
     assert "| data, per epoch | 10: 1.00, 100: 10.00 | 1.00 | 1.00 |" in text

@@ -23,7 +23,7 @@ from pyro_vae.training.run_folder import load_state
 
 TRAIN = (sys.executable, "-m", "pyro_vae", "train", "vae", "--data", "digits", "--run-dir", "run")
 # Far more than a start or an epoch takes; only a run that hangs meets it.
-PATIENCE = 60
+PATIENCE = 300
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from pyro_vae.pair.inspection import inspect
 from pyro_vae.training.run_folder import load_state
 from tests.support.off_guides import WrongScale
 
-DRAWN = runpy.run_path(str(Path(__file__).resolve().parents[2] / "examples" / "plot_pitfalls.py"))
+DRAWN = runpy.run_path(str(Path(__file__).resolve().parents[2] / "examples" / "evaluation" / "plot_pitfalls.py"))
 ROUNDING = {"rtol": 1e-9, "atol": 1e-9}
 
 

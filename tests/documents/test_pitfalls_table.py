@@ -50,6 +50,6 @@ def test_every_row_has_a_test_and_every_test_a_row() -> None:
 
 
 def test_what_the_example_draws_are_rows_of_the_table() -> None:
-    wrong = runpy.run_path(str(TESTS.parent / "examples" / "plot_pitfalls.py"))["WRONG"]
+    wrong = runpy.run_path(str(TESTS.parent / "examples" / "evaluation" / "plot_pitfalls.py"))["WRONG"]
     assert len(wrong) >= 5
     assert {int(name.split(":")[0]) for name in wrong} <= set(ROWS)

@@ -1,43 +1,39 @@
-"""The documents' tables are those of the kept results, and README's library example runs as printed."""
+"""The documents' tables are rendered from the saved results, and README's library example runs as printed."""
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import json
 import re
-import runpy
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from benchmarks import published, render
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_tables_are_rendered_from_the_kept_results(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    render = runpy.run_path(str(ROOT / "benchmarks" / "render.py"))
-    documents = [path.read_text(encoding="utf-8") for path in render["DOCUMENTS"]]
-    assert all(any(f"<!-- table: {name} -->" in document for document in documents) for name in render["TABLES"])
-    assert [render["rendered"](document) for document in documents] == documents
-    assert render["results"]() == (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+def test_tables_are_rendered_from_the_saved_results() -> None:
+    documents = [path.read_text(encoding="utf-8") for path in render.DOCUMENTS]
+    assert all(any(f"<!-- table: {name} -->" in document for document in documents) for name in render.TABLES)
+    assert [render.rendered(document) for document in documents] == documents
+    assert render.results() == (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 
 
-def test_every_reproduction_can_be_run_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    reproductions = importlib.import_module("reproductions")
-    files = (ROOT / "benchmarks" / "reproductions").glob("[!_]*.py")
-    assert sorted(reproductions.names()) == sorted(path.stem for path in files)
-    for name in reproductions.names():
-        row = reproductions.row(name)
+def test_every_reproduction_can_be_run_by_its_name() -> None:
+    files = (ROOT / "benchmarks" / "published").glob("[!_]*.py")
+    assert sorted(published.names()) == sorted(path.stem for path in files)
+    for name in published.names():
+        row = published.row(name)
         assert row.TITLE
         assert list(inspect.signature(row.run).parameters) == ["scale", "data_root"]
         assert list(inspect.signature(row.table).parameters) == ["record"]
     with pytest.raises(ValueError, match="no row is named 'nvae'; there are"):
-        reproductions.row("nvae")
-    kept = {path.stem for path in (ROOT / "benchmarks" / "results").glob("reproduce_*.json")}
-    assert kept <= {f"reproduce_{name}" for name in reproductions.names()}
+        published.row("nvae")
+    saved = {path.stem for path in (ROOT / "benchmarks" / "results").glob("reproduce_*.json")}
+    assert saved <= {f"reproduce_{name}" for name in published.names()}
 
 
 def test_mnist_figures_are_what_readme_says_of_them() -> None:

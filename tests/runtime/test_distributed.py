@@ -21,7 +21,7 @@ from pyro_vae.training.run_folder import load_state
 from tests.support.processes_case import TRAJECTORIES, trajectory
 
 # Far more than a start takes; only processes that hang meet it.
-PATIENCE = 120
+PATIENCE = 600
 TRAIN = ("-m", "pyro_vae", "train", "vae", "--data", "digits", "--latent", "2", "--run-dir", "run")
 
 

@@ -1,0 +1,1 @@
+"""Measure errors: coverage of intervals, closed forms, precisions, two-stage models."""

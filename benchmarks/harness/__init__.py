@@ -1,0 +1,1 @@
+"""Shared by the scripts: save results, time rows in turns, build tables, run the peers."""

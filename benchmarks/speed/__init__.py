@@ -1,0 +1,1 @@
+"""Time training, evaluation and their start beside other ways to do the same."""
