@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import tyro
 from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
@@ -69,10 +69,17 @@ class Training:
     device: str = "auto"
     """auto, cpu or cuda."""
 
-    def make_loss(self, options: Any, pair: Pair, num_data: int) -> tuple[Loss, int]:
-        """Return the loss over so many data, and the draws per datum that are not its own to make."""
+    def make_loss(self, own: Loss | None, pair: Pair) -> tuple[Loss, int]:
+        """Return the loss, and the number of draws per datum that ``fit`` makes for it.
+
+        Args:
+            own: the loss of the model's recipe, or None.
+            pair: the pair to train.
+
+        Raises:
+            ValueError: for options that the model's loss cannot take, or that would set it aside.
+        """
         count = self.num_particles
-        own = options.loss(pair, num_data) if hasattr(options, "loss") else None
         if own is not None:
             self._check_own_loss(own, count)
         if own is not None and self.loss == "default":
@@ -82,11 +89,10 @@ class Training:
         kind = TraceMeanField_ELBO if self.loss == "mean-field" else Trace_ELBO
         if count == 1:
             return kind(), 1
-        # All draws in one pass, to the left of the pair's own plates.
+        # All draws in one pass, to the left of the pair's plates.
         return kind(count, max_plate_nesting=pair.max_plate_nesting, vectorize_particles=True), 1
 
     def _check_own_loss(self, loss: Loss, count: int) -> None:
-        """Refuse options that would set a model's own loss aside, or that it cannot take."""
         name = getattr(loss, "__name__", type(loss).__name__)
         weighed = isinstance(loss, Trace_ELBO | TraceMeanField_ELBO)
         if self.loss != "default" and not weighed:

@@ -2,15 +2,17 @@
 
 from pyro_vae.data.files import data_root
 from pyro_vae.data.graphs import GRAPHS, Graph, LinkSplit, graph_of, load_graph, make_graph, split_links
-from pyro_vae.data.sets import NAMES, DataSet, load, load_links
+from pyro_vae.data.sets import NAMES, AnyDataSet, DataSet, GraphData, load, load_links
 from pyro_vae.data.sprites import Sprites, sprites
 from pyro_vae.data.transforms import binarise, dequantise, subset_after_shuffle
 
 __all__ = [
     "GRAPHS",
     "NAMES",
+    "AnyDataSet",
     "DataSet",
     "Graph",
+    "GraphData",
     "LinkSplit",
     "Sprites",
     "binarise",

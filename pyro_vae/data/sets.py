@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -16,22 +16,20 @@ from pyro_vae.data.graphs import LinkSplit, load_graph, split_links
 from pyro_vae.data.sprites import sprites
 from pyro_vae.data.transforms import shuffled, unit
 
-__all__ = ["NAMES", "DataSet", "load", "load_links"]
+__all__ = ["NAMES", "AnyDataSet", "DataSet", "GraphData", "load", "load_links"]
 
 
 class DataSet(NamedTuple):
-    """Hold images whose every pixel is in [0, 1], or one graph.
+    """Hold images whose every pixel is in [0, 1].
 
     Attributes:
         name: one of :data:`NAMES`.
         train: training images, (N, C, H, W), in the default float type at the time of loading.
         test: test images, (M, C, H, W).
-        train_labels: class indices, (N,) int64, or None where the data have none.
+        train_labels: class indices, (N,) int64, or None for data without classes.
         test_labels: class indices, (M,) int64, or None.
-        levels: how many equally spaced gray levels k / (levels - 1) a pixel can take; None if they are not on a grid.
-        validation: validation images, (V, C, H, W), for the data that are published with such a split; else None.
-        links: for a graph, its links and those held out; ``train`` and ``test`` are then adjacency matrices, see
-            :func:`load_links`. None for images.
+        levels: the number of equally spaced gray levels k / (levels - 1) of a pixel; None for pixels on no grid.
+        validation: validation images, (V, C, H, W), for data that are published with them; else None.
 
     >>> images = torch.zeros(5, 1, 8, 8)
     >>> DataSet("blank", images[:3], images[3:], None, None, levels=2).x_shape
@@ -45,13 +43,49 @@ class DataSet(NamedTuple):
     test_labels: Tensor | None
     levels: int | None
     validation: Tensor | None = None
-    links: LinkSplit | None = None
 
     @property
     def x_shape(self) -> tuple[int, int, int]:
         """Return the shape (C, H, W) of one image."""
         channels, height, width = self.train.shape[1:]
         return channels, height, width
+
+
+class GraphData(NamedTuple):
+    """Hold one graph as a data set of one datum, with links held out.
+
+    Attributes:
+        name: one of :data:`~pyro_vae.data.GRAPHS`.
+        train: adjacency of the training links, (1, N, N) bool.
+        test: adjacency of the whole graph, (1, N, N) bool.
+        links: the training graph, and the pairs of nodes held out of it.
+
+    >>> from pyro_vae.data import make_graph
+    >>> graph = make_graph(torch.tensor([[0, 1], [1, 2]]), num_nodes=4)
+    >>> links = split_links(graph, validation=0.0, test=0.5)
+    >>> train, whole = links.train.adjacency(), graph.adjacency()
+    >>> GraphData("chain", train.unsqueeze(0), whole.unsqueeze(0), links).x_shape
+    (4, 4)
+    """
+
+    name: str
+    train: Tensor
+    test: Tensor
+    links: LinkSplit
+
+    @property
+    def x_shape(self) -> tuple[int, int]:
+        """Return the shape (N, N) of the graph's adjacency."""
+        return self.links.train.num_nodes, self.links.train.num_nodes
+
+    @property
+    def validation(self) -> None:
+        """Return None: validation links are pairs of nodes in ``links``, not a second graph."""
+        return None
+
+
+#: Every data set has a name, ``train``, ``test`` and ``validation`` data, and ``x_shape``, the shape of one datum.
+AnyDataSet: TypeAlias = DataSet | GraphData
 
 
 def load(name: str, root: str | Path | None = None, *, download: bool = False) -> DataSet:
@@ -101,20 +135,17 @@ def load(name: str, root: str | Path | None = None, *, download: bool = False) -
 
 def load_links(
     name: str, root: str | Path | None = None, *, validation: float = 0.05, test: float = 0.1, seed: int = 0
-) -> DataSet:
-    """Read a citation network as a data set of one datum, with links held out.
-
-    ``train`` (1, N, N) bool is the adjacency of the links that are left, ``test`` (1, N, N) that of the whole graph;
-    which links are held out, and as many pairs that are none, is in ``links``.
+) -> GraphData:
+    """Read a citation network as a data set of one datum, and hold links out.
 
     Args:
         name: one of :data:`~pyro_vae.data.GRAPHS`; see :func:`~pyro_vae.data.load_graph` for its file.
         root: the folder of the data sets; if None, as :func:`data_root`.
         validation, test: shares of the links to hold out.
-        seed: of the split.
+        seed: seed of the split.
 
     Returns:
-        :class:`DataSet`; labels are of nodes, not of data, and are in ``links.train``.
+        :class:`GraphData`. Labels belong to nodes: read them from ``links.train.labels``.
 
     Raises:
         ValueError: as :func:`~pyro_vae.data.load_graph` and :func:`~pyro_vae.data.split_links`.
@@ -122,7 +153,7 @@ def load_links(
     graph = load_graph(name, root)
     links = split_links(graph, validation=validation, test=test, seed=seed)
     train, whole = (each.adjacency().unsqueeze(0) for each in (links.train, graph))
-    return DataSet(name, train, whole, None, None, None, links=links)
+    return GraphData(name, train, whole, links)
 
 
 def _digits() -> DataSet:

@@ -14,7 +14,7 @@ from matplotlib.ticker import LogFormatter
 from torch import Tensor
 
 from pyro_vae.conditionals.priors import MixtureOfGaussians
-from pyro_vae.data import DataSet
+from pyro_vae.data import AnyDataSet, DataSet
 from pyro_vae.diagnostics.collapse import CollapseReport, noise_modules
 from pyro_vae.pair.pair import Pair
 from pyro_vae.predict.generate import generate
@@ -27,7 +27,7 @@ __all__ = ["FIGURES", "Figure", "collapse", "image_grid", "save_figure", "scatte
 
 Figure = matplotlib.figure.Figure
 COLOURS: Any = matplotlib.colormaps["tab10"]
-Draw = Callable[[Pair, DataSet, list[dict[str, Any]]], Figure | None]
+Draw = Callable[[Pair, AnyDataSet, list[dict[str, Any]]], Figure | None]
 
 
 def image_grid(rows: list[Tensor], labels: list[str], title: str, columns: list[str] | None = None) -> Figure:
@@ -62,7 +62,7 @@ def save_figure(figure: Figure, path: Path) -> None:
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
 
 
-def loss(pair: Pair, data: DataSet, metrics: list[dict[str, Any]]) -> Figure | None:
+def loss(pair: Pair, data: AnyDataSet, metrics: list[dict[str, Any]]) -> Figure | None:
     """Draw the loss, −ELBO of validation data and its terms over epochs."""
     if not metrics:
         return None
@@ -83,7 +83,7 @@ def loss(pair: Pair, data: DataSet, metrics: list[dict[str, Any]]) -> Figure | N
     return figure
 
 
-def scales(pair: Pair, data: DataSet, metrics: list[dict[str, Any]]) -> Figure | None:
+def scales(pair: Pair, data: AnyDataSet, metrics: list[dict[str, Any]]) -> Figure | None:
     """Draw γ over epochs, and for the noise of data sites the β it amounts to; None for a pair without a scale."""
     if not metrics or not metrics[-1]["monitor"]:
         return None
@@ -112,9 +112,9 @@ def scales(pair: Pair, data: DataSet, metrics: list[dict[str, Any]]) -> Figure |
     return figure
 
 
-def reconstructions(pair: Pair, data: DataSet, metrics: list[dict[str, Any]]) -> Figure | None:
+def reconstructions(pair: Pair, data: AnyDataSet, metrics: list[dict[str, Any]]) -> Figure | None:
     """Draw test data above their reconstructions; None for a graph, which is no picture."""
-    if data.links is not None:
+    if not isinstance(data, DataSet):
         return None
     x = data.test[:10]
     return image_grid(
@@ -122,9 +122,9 @@ def reconstructions(pair: Pair, data: DataSet, metrics: list[dict[str, Any]]) ->
     )
 
 
-def samples(pair: Pair, data: DataSet, metrics: list[dict[str, Any]]) -> Figure | None:
+def samples(pair: Pair, data: AnyDataSet, metrics: list[dict[str, Any]]) -> Figure | None:
     """Draw means of p(x | …) for latents from the prior, one row per mixture component; None for a graph."""
-    if data.links is not None:
+    if not isinstance(data, DataSet):
         return None
     prior, site = getattr(pair, "prior", None), "u" if hasattr(pair, "y_shape") else "z"
     if not isinstance(prior, MixtureOfGaussians):
@@ -143,7 +143,7 @@ def samples(pair: Pair, data: DataSet, metrics: list[dict[str, Any]]) -> Figure 
     return image_grid(rows, labels, f"Samples by mixture component, {data.name}")
 
 
-def super_resolution(pair: Pair, data: DataSet, metrics: list[dict[str, Any]]) -> Figure | None:
+def super_resolution(pair: Pair, data: AnyDataSet, metrics: list[dict[str, Any]]) -> Figure | None:
     """Draw several x for each y, their mean and pixel-wise spread, and the truth."""
     if not hasattr(pair, "low_resolution_guide"):
         return None
@@ -165,12 +165,17 @@ def super_resolution_grid(x: Tensor, y: Tensor, result: SuperResolution, name: s
     return image_grid(rows, [""] * len(rows), title, columns)
 
 
-def latent_map(pair: Pair, data: DataSet, metrics: list[dict[str, Any]]) -> Figure | None:
+def latent_map(pair: Pair, data: AnyDataSet, metrics: list[dict[str, Any]]) -> Figure | None:
     """Draw the guide's means for test data, or for a graph's nodes, on their two leading principal axes."""
-    x, classes = (data.test[:1000], data.test_labels) if data.links is None else (data.train, data.links.train.labels)
-    latents = posterior(pair, x, num_particles=8, seed=0).latents
-    if data.links is not None:
-        latents = {name: z.squeeze(1) for name, z in latents.items()}
+    if isinstance(data, DataSet):
+        x, classes = data.test[:1000], data.test_labels
+        latents = posterior(pair, x, num_particles=8, seed=0).latents
+    else:
+        classes = data.links.train.labels
+        # (K, 1, N, L) of the only datum: its nodes take the place of data.
+        latents = {
+            name: z.squeeze(1) for name, z in posterior(pair, data.train, num_particles=8, seed=0).latents.items()
+        }
     continuous = [name for name, z in latents.items() if z.dim() == 3 and z.is_floating_point()]
     if not continuous:
         return None

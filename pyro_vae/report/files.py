@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pyro_vae.data import DataSet
+from pyro_vae.data import AnyDataSet
 from pyro_vae.diagnostics.collapse import collapse_report, noise_modules
 from pyro_vae.diagnostics.loss_terms import loss_terms
 from pyro_vae.likelihood.estimate import LogLikelihood
@@ -35,7 +35,7 @@ VALUES = 2**15
 LIKELIHOOD, COLLAPSE, SCORES = "log_likelihood.json", "collapse.json", "scores.json"
 
 
-def write_loss_terms(folder: Path, pair: Pair, data: DataSet) -> None:
+def write_loss_terms(folder: Path, pair: Pair, data: AnyDataSet) -> None:
     """Keep :func:`loss_terms` of the test data in the run folder, where the pair has a closed form."""
     if isinstance(pair, HasClosedForm):
         some = data.test[: max(16, VALUES // data.test[0].numel())]
@@ -62,7 +62,7 @@ def forget_likelihood(folder: Path) -> None:
         (folder / path).unlink(missing_ok=True)
 
 
-def write_collapse(folder: Path, pair: Pair, data: DataSet) -> None:
+def write_collapse(folder: Path, pair: Pair, data: AnyDataSet) -> None:
     """Keep :func:`~pyro_vae.collapse_report` of test data in the run folder, with its figure.
 
     It takes variances over data, which a single graph has none of: then nothing is kept.
@@ -76,7 +76,7 @@ def write_collapse(folder: Path, pair: Pair, data: DataSet) -> None:
     write_text(folder / COLLAPSE, json.dumps(record, indent=2) + "\n")
 
 
-def write_figures(folder: Path, pair: Pair, data: DataSet, metrics: list[dict[str, Any]]) -> list[Path]:
+def write_figures(folder: Path, pair: Pair, data: AnyDataSet, metrics: list[dict[str, Any]]) -> list[Path]:
     """Draw every figure that suits the pair and return their paths."""
     written = []
     for name, draw in FIGURES.items():

@@ -10,18 +10,18 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from pyro_vae.data import DataSet
+from pyro_vae.data import AnyDataSet, DataSet, GraphData
 from pyro_vae.pair.checks import check_batch, check_support
 from pyro_vae.pair.pair import Pair
 
 __all__ = ["Data", "as_batch", "check_data", "check_settings", "fingerprint", "split"]
 
-Data: TypeAlias = Tensor | Sequence[Tensor] | DataSet
+Data: TypeAlias = Tensor | Sequence[Tensor] | AnyDataSet
 
 
 def as_batch(data: Data) -> tuple[Tensor, ...]:
     """Return ``x`` and the conditions as a tuple; of a data set, its training images."""
-    if isinstance(data, DataSet):
+    if isinstance(data, DataSet | GraphData):
         return (data.train,)
     return (data,) if isinstance(data, Tensor) else tuple(data)
 

@@ -37,6 +37,6 @@ def test_every_formula_of_the_family_has_its_code_and_its_test(row: list[str]) -
 
 
 def test_every_model_of_the_command_line_has_its_formulas() -> None:
-    pairs = {type_.__name__.removesuffix("Options") for type_ in recipes.OPTIONS.values()}
+    pairs = {type_.__name__.removesuffix("Recipe") for type_ in recipes.RECIPES.values()}
     missing = [name for name in pairs if f"`models.{name}" not in PAGE]
     assert not missing

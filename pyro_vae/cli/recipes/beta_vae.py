@@ -1,4 +1,4 @@
-"""How the command line builds and trains a β-VAE."""
+"""``pyro-vae train beta-vae``."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pyro_vae.cli.recipes.common import LikelihoodName, make_likelihood
+from pyro_vae.cli.recipes.recipe import ImageRecipe
 from pyro_vae.conditionals.priors import StandardNormal
 from pyro_vae.data import DataSet
 from pyro_vae.models.beta_vae import BetaVAE
 from pyro_vae.objectives.loss import Loss
 from pyro_vae.pair.annealed import Annealed
 
-__all__ = ["BetaVAEOptions"]
+__all__ = ["BetaVAERecipe"]
 
 
 @dataclass(frozen=True)
-class BetaVAEOptions:
+class BetaVAERecipe(ImageRecipe[BetaVAE], command="beta-vae"):
     """β-VAE: a VAE trained for factors that lie apart, by β, a capacity or the total correlation."""
 
     latent: int = 10

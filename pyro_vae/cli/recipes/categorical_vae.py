@@ -1,4 +1,4 @@
-"""How the command line builds and trains this model."""
+"""``pyro-vae train categorical-vae``."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from typing import Any, Literal
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 
 from pyro_vae.cli.recipes.common import LikelihoodName, make_likelihood
+from pyro_vae.cli.recipes.recipe import ImageRecipe
 from pyro_vae.conditionals.categorical import GumbelSoftmax, OneHotPrior
 from pyro_vae.data import DataSet
 from pyro_vae.models.categorical_vae import CategoricalVAE
 from pyro_vae.pair.annealed import Annealed
 
-__all__ = ["CategoricalVAEOptions"]
+__all__ = ["CategoricalVAERecipe"]
 
 
 @dataclass(frozen=True)
-class CategoricalVAEOptions:
+class CategoricalVAERecipe(ImageRecipe[CategoricalVAE], command="categorical-vae"):
     """VAE with categorical latents: trained relaxed, straight-through or by the score function."""
 
     latent: int = 20

@@ -1,19 +1,20 @@
-"""How the command line builds and trains this model."""
+"""``pyro-vae train denoising-vae``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from pyro_vae.cli.recipes.common import LikelihoodName, make_likelihood, make_prior
+from pyro_vae.cli.recipes.recipe import ImageRecipe
 from pyro_vae.conditionals.corruptions import BitFlip, GaussianNoise
 from pyro_vae.data import DataSet
 from pyro_vae.models.denoising_vae import DenoisingVAE
 
-__all__ = ["DenoisingVAEOptions"]
+__all__ = ["DenoisingVAERecipe"]
 
 
 @dataclass(frozen=True)
-class DenoisingVAEOptions:
+class DenoisingVAERecipe(ImageRecipe[DenoisingVAE], command="denoising-vae"):
     """Denoising VAE: a guide that mixes over corruptions of the data."""
 
     latent: int = 20

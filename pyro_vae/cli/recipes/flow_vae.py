@@ -1,4 +1,4 @@
-"""How the command line builds and trains this model."""
+"""``pyro-vae train flow-vae``."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from pyro.distributions import ConditionalTransformModule
 
 from pyro_vae.cli.recipes.common import LikelihoodName, make_likelihood
+from pyro_vae.cli.recipes.recipe import ImageRecipe
 from pyro_vae.conditionals.flows import FlowPosterior, FlowPrior
 from pyro_vae.conditionals.priors import StandardNormal
 from pyro_vae.data import DataSet
 from pyro_vae.models.flow_vae import FlowName, FlowVAE, PriorName, posterior_layers, prior_layers
 
-__all__ = ["FlowVAEOptions"]
+__all__ = ["FlowVAERecipe"]
 
 
 @dataclass(frozen=True)
-class FlowVAEOptions:
+class FlowVAERecipe(ImageRecipe[FlowVAE], command="flow-vae"):
     """VAE with normalising flows in its guide, its prior, or both."""
 
     latent: int = 20

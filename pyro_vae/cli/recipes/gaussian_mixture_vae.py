@@ -1,4 +1,4 @@
-"""How the command line builds and trains this model."""
+"""``pyro-vae train gaussian-mixture-vae``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.cli.recipes.common import LikelihoodName, ScaleName, make_likelihood
+from pyro_vae.cli.recipes.recipe import ImageRecipe
 from pyro_vae.conditionals.priors import MixtureOfGaussians
 from pyro_vae.data import DataSet
 from pyro_vae.diagnostics.clustering import clustering_accuracy
@@ -16,11 +17,11 @@ from pyro_vae.models.gaussian_mixture_vae import CHUNK, GaussianMixtureVAE
 from pyro_vae.pair.modes import evaluation
 from pyro_vae.runtime.random_state import own_random_state
 
-__all__ = ["GaussianMixtureVAEOptions"]
+__all__ = ["GaussianMixtureVAERecipe"]
 
 
 @dataclass(frozen=True)
-class GaussianMixtureVAEOptions:
+class GaussianMixtureVAERecipe(ImageRecipe[GaussianMixtureVAE], command="gaussian-mixture-vae"):
     """VAE that clusters: p(c) p(z | c) p(x | z)."""
 
     latent: int = 10

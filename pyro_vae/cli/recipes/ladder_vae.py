@@ -1,4 +1,4 @@
-"""How the command line builds and trains this model."""
+"""``pyro-vae train ladder-vae``."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from typing import cast
 
 from pyro_vae.cli.recipes.common import LikelihoodName, make_likelihood
+from pyro_vae.cli.recipes.recipe import ImageRecipe
 from pyro_vae.data import DataSet
 from pyro_vae.models.ladder_vae import LadderVAE
 from pyro_vae.objectives.bounds import Objective, free_bits
 from pyro_vae.pair.annealed import Annealed
 
-__all__ = ["LadderVAEOptions"]
+__all__ = ["LadderVAERecipe"]
 
 
 @dataclass(frozen=True)
-class LadderVAEOptions:
+class LadderVAERecipe(ImageRecipe[LadderVAE], command="ladder-vae"):
     """Ladder VAE: a hierarchy of latents whose guide merges data and model at each layer."""
 
     layers: int = 3

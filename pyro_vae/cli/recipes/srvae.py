@@ -1,18 +1,19 @@
-"""How the command line builds and trains this model."""
+"""``pyro-vae train srvae``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from pyro_vae.cli.recipes.common import LikelihoodName, ScaleName, levels_of, make_likelihood, make_prior
+from pyro_vae.cli.recipes.recipe import ImageRecipe
 from pyro_vae.data import DataSet
 from pyro_vae.models.srvae import SRVAE, Transition
 
-__all__ = ["SRVAEOptions"]
+__all__ = ["SRVAERecipe"]
 
 
 @dataclass(frozen=True)
-class SRVAEOptions:
+class SRVAERecipe(ImageRecipe[SRVAE], command="srvae"):
     """Two-stage VAE: p(u) p(y | u) p(z | y, u) p(x | y, z), y a down-scaled x."""
 
     latent: int = 16

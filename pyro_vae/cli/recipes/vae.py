@@ -1,4 +1,4 @@
-"""How the command line builds and trains this model."""
+"""``pyro-vae train vae``."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pyro_vae.cli.recipes.common import LikelihoodName, ScaleName, make_likelihood, make_prior
+from pyro_vae.cli.recipes.recipe import ImageRecipe
 from pyro_vae.conditionals.posteriors import DiagonalGaussian, FullGaussian
 from pyro_vae.data import DataSet
 from pyro_vae.models.vae import VAE
 
-__all__ = ["VAEOptions"]
+__all__ = ["VAERecipe"]
 
 
 @dataclass(frozen=True)
-class VAEOptions:
+class VAERecipe(ImageRecipe[VAE], command="vae"):
     """One-stage VAE: p(z) p(x | z) with q(z | x)."""
 
     latent: int = 20

@@ -1,4 +1,4 @@
-"""How the command line builds and trains this model."""
+"""``pyro-vae train vamp-prior-vae``."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pyro_vae.cli.recipes.common import LikelihoodName, make_likelihood
+from pyro_vae.cli.recipes.recipe import ImageRecipe
 from pyro_vae.data import DataSet
 from pyro_vae.models.vamp_prior_vae import VampPriorVAE, starting_pseudo_inputs
 from pyro_vae.networks.mlp import GatedMLP
 
-__all__ = ["VampPriorVAEOptions"]
+__all__ = ["VampPriorVAERecipe"]
 
 
 @dataclass(frozen=True)
-class VampPriorVAEOptions:
+class VampPriorVAERecipe(ImageRecipe[VampPriorVAE], command="vamp-prior-vae"):
     """VAE with a VampPrior: p(z) mixes the guide's posteriors at learned pseudo-inputs."""
 
     latent: int = 20
