@@ -10,7 +10,7 @@ from pyro.distributions import ConditionalTransformModule
 from tables import provenance, spread
 
 import pyro_vae as pv
-from pyro_vae.models.flow_vae import posterior_layers
+from pyro_vae.cli.recipes.flow_vae import posterior_layers
 from pyro_vae.networks.mlp import MLP
 from pyro_vae.report.markdown import markdown_table
 

@@ -60,7 +60,7 @@ class Evaluate:
 
 
 def report_likelihood(folder: Path, ll: LogLikelihood) -> None:
-    """Save a log-likelihood in its run folder, write the report anew and print both."""
+    """Save a log-likelihood in its run folder, rewrite the report, and print both."""
     figures = record_likelihood(folder, ll)
     notes = likelihood_notes(ll.record())
     for line in (repr(ll), *notes, f"figures: {', '.join(map(str, figures))}", f"report: {write_report(folder)}"):

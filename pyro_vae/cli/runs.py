@@ -28,7 +28,7 @@ def load_run(folder: Path, data_root: str | None = None) -> tuple[Pair, Any]:
     if config.get("model") not in RECIPES or not {"options", "data"} <= set(config):
         raise ValueError(
             f"{folder}/config.json names no model of the command line ({', '.join(RECIPES)}); "
-            "evaluate a pair of your own with pv.log_likelihood"
+            "evaluate your pair with pv.log_likelihood"
         )
     try:
         recipe = RECIPES[config["model"]](**config["options"])

@@ -1,4 +1,4 @@
-"""Data sets with pixels in [0, 1], the maps between gray levels, bits and a continuum, and graphs."""
+"""Data sets of images and of graphs, and maps between gray levels, bits and real numbers."""
 
 from pyro_vae.data.files import data_root
 from pyro_vae.data.graphs import GRAPHS, Graph, LinkSplit, graph_of, load_graph, make_graph, split_links

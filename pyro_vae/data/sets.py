@@ -1,4 +1,4 @@
-"""Data sets of images with pixels in [0, 1]."""
+"""The two types of data set: images with pixels in [0, 1], and graphs."""
 
 from __future__ import annotations
 
@@ -104,24 +104,23 @@ def load(name: str, root: str | Path | None = None, *, download: bool = False) -
     sprites           3686 / 922, (1, 32, 32)         none: drawn, see :func:`~pyro_vae.data.sprites.sprites`
     ================  ==============================  =============================================================
 
-    ``static-mnist`` and ``frey-faces`` also have a validation set, of 10000 and 200. Where only archives are there,
-    unpacked copies are kept in the user's cache, for ``root`` may be read-only. OMNIGLOT is averaged down from
-    105 x 105, so its numbers do not compare with those on the 28 x 28 file of Burda et al.; its labels count the
-    characters of each of the two files from 0. The static MNIST's test set is sorted by digit: take parts of it with
-    :func:`subset_after_shuffle`.
+    ``static-mnist`` and ``frey-faces`` also have a validation set, of 10000 and 200. Archives are unpacked into the
+    user's cache, since ``root`` may be read-only. OMNIGLOT is averaged down from 105 x 105: do not compare results with
+    those on the 28 x 28 file of Burda et al. Its labels number the characters of each file from 0. The test set of
+    ``static-mnist`` is sorted by digit: take a part of it with :func:`subset_after_shuffle`.
 
     Args:
         name: one of :data:`NAMES`.
-        root: folder that holds the files; see :func:`data_root` for the default.
-        download: fetch what ``root`` lacks (``mnist``, ``fashion-mnist`` and ``cifar10`` only). Nothing is fetched
-            when the files or intact archives are there.
+        root: folder of the files; see :func:`data_root` for the default.
+        download: fetch missing files (``mnist``, ``fashion-mnist`` and ``cifar10`` only). Files and intact archives
+            are not fetched again.
 
     Returns:
-        The images and labels, pixels in [0, 1] in the default float type.
+        :class:`DataSet`, with pixels in [0, 1] in the default float type.
 
     Raises:
-        ValueError: if the name is not known, or files are absent, damaged, or hold other arrays than these.
-        OSError: if the folder to unpack or download into cannot be written, or a download fails.
+        ValueError: for an unknown name, and for files that are absent, damaged, or of other arrays.
+        OSError: for a folder that cannot be written, and for a failed download.
         RuntimeError: if every mirror of a download fails.
 
     >>> digits = load("digits")
@@ -157,20 +156,20 @@ def load_links(
 
 
 def _digits() -> DataSet:
-    # Imported here, as torchvision below, for they take seconds to import and other data sets do without them.
+    # scikit-learn, like torchvision below, takes seconds to import, and other data sets do not need it.
     from sklearn.datasets import load_digits
 
     pixels, classes = load_digits(return_X_y=True)
     images = unit(torch.from_numpy(pixels).reshape(-1, 1, 8, 8), 16)
     labels = torch.from_numpy(classes).long()
-    # Of 1797 in all, four fifths train, rounded down.
+    # Four fifths of 1797 train, rounded down.
     train, test = torch.split(shuffled(len(images)), [1437, 360])
     return DataSet("digits", images[train], images[test], labels[train], labels[test], levels=17)
 
 
 def _sprites() -> DataSet:
     drawn = sprites()
-    # Four fifths train, rounded down, as with the digits; labels are shapes.
+    # Four fifths of 4608 train, rounded down. Labels are shapes.
     (train, test), (labels, test_labels) = (
         torch.split(rows, [3686, 922]) for rows in (drawn.images, drawn.factors[:, 0].contiguous())
     )
@@ -199,7 +198,7 @@ def _frey_faces(root: Path) -> DataSet:
     path = npz_file("frey-faces", root, "freyfaces/freyfaces.npz")
     (frames,) = read_arrays(path, {"images": ("uint8", (1965, 28, 20))})
     images = unit(torch.from_numpy(frames).unsqueeze(1), 255)
-    # Shuffled first, for neighbouring frames of a film are near copies; the sizes are the usual ones.
+    # Neighbouring frames of a film are near copies: shuffle first. The sizes are the usual ones.
     train, valid, test = (images[rows] for rows in torch.split(shuffled(len(images)), [1565, 200, 200]))
     return DataSet("frey-faces", train, test, None, None, levels=256, validation=valid)
 
@@ -215,7 +214,7 @@ def _omniglot_ink(path: Path) -> tuple[Tensor, Tensor]:
     if paper.shape[:2] != labels.shape:
         raise ValueError(f"{path} has images {paper.shape} and labels {labels.shape}, not one label per image")
     ink = torch.empty(*labels.shape, 28, 28)
-    # One character at a time: all of them as floats at 105 x 105 would take up to 1.7 GB.
+    # One character at a time: all characters as floats at 105 x 105 need up to 1.7 GB.
     for character, drawings in zip(ink, paper, strict=True):
         character.copy_(adaptive_avg_pool2d(torch.from_numpy(~drawings).to(ink.dtype), 28))
     return ink.reshape(-1, 1, 28, 28), torch.from_numpy(labels).reshape(-1)

@@ -12,9 +12,8 @@ from pyro.distributions import transforms
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae.cli.recipes.flow_vae import FlowVAERecipe
+from pyro_vae.cli.recipes.flow_vae import FlowName, FlowVAERecipe, posterior_layers, prior_layers
 from pyro_vae.models import VAE, FlowVAE
-from pyro_vae.models.flow_vae import FlowName, posterior_layers, prior_layers
 from pyro_vae.testing import PairContract
 
 

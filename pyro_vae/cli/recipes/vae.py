@@ -21,16 +21,16 @@ class VAERecipe(ImageRecipe[VAE], command="vae"):
     latent: int = 20
     """Size of z."""
     components: int = 1
-    """Gaussians in the prior; 1 is N(0, I)."""
+    """Number of Gaussians in the prior; 1 for N(0, I)."""
     likelihood: LikelihoodName = "discretised-logistic"
     """Distribution of x given z."""
     scale: ScaleName = "scalar"
-    """What a Gaussian likelihood's noise is learned for, or that each batch takes its optimum."""
+    """Noise of a Gaussian likelihood: one γ, one per channel or per pixel, or the optimum of each batch."""
     posterior: Literal["diagonal", "full"] = "diagonal"
     """Covariance of q(z | x)."""
 
     def build(self, data: DataSet) -> VAE:
-        """Return the pair for a data set."""
+        """Build the pair for a data set."""
         posterior = FullGaussian() if self.posterior == "full" else DiagonalGaussian()
         likelihood = make_likelihood(self.likelihood, self.scale, data)
         return VAE(data.x_shape, make_prior(self.latent, self.components), likelihood, posterior)

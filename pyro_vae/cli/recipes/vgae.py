@@ -19,24 +19,24 @@ __all__ = ["VGAERecipe"]
 
 @dataclass(frozen=True)
 class VGAERecipe(Recipe[VGAE, GraphData], command="vgae"):
-    """VGAE: a citation network as one datum, its links predicted from latents at its nodes."""
+    """VGAE: a citation network as one datum, with links predicted from latents at the nodes."""
 
     training: ClassVar[type[Training]] = GraphTraining
 
     latent: int = 16
     """Size of z at each node."""
     components: int = 1
-    """Gaussians in the prior of a node; 1 is N(0, I)."""
+    """Number of Gaussians in the prior of a node; 1 for N(0, I)."""
     hidden: int = 32
     """Width of the encoder's first graph convolution."""
     features: bool = True
-    """Show the encoder the words of each document, where the network comes with them."""
+    """Give the encoder the words of each document, if the network has them."""
     held_out_validation: float = 0.05
-    """Share of the links held out to choose settings by."""
+    """Share of links to hold out for validation."""
     held_out_test: float = 0.1
-    """Share of the links held out to test."""
+    """Share of links to hold out for testing."""
     split_seed: int = 0
-    """Of the draw of held-out links, and of as many unlinked pairs."""
+    """Seed of the held-out links, and of as many unlinked pairs."""
 
     def load_data(self, name: str, root: str | None, *, download: bool = False) -> GraphData:
         """Load a network and split its links; nothing is fetched."""
