@@ -10,7 +10,7 @@ from pyro.distributions import ConditionalTransformModule
 import pyro_vae as pv
 from benchmarks.harness.common import negative_elbo, trained
 from benchmarks.harness.tables import provenance, spread
-from pyro_vae.models.flow_vae import posterior_layers
+from pyro_vae.cli.recipes.flow_vae import posterior_layers
 from pyro_vae.networks.mlp import MLP
 from pyro_vae.report.markdown import markdown_table
 

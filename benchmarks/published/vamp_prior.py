@@ -9,7 +9,7 @@ import torch
 import pyro_vae as pv
 from benchmarks.harness.common import evaluated, lowered, trained
 from benchmarks.harness.tables import provenance, spread, with_error
-from pyro_vae.models.flow_vae import prior_layers
+from pyro_vae.cli.recipes.flow_vae import prior_layers
 from pyro_vae.models.vamp_prior_vae import starting_pseudo_inputs
 from pyro_vae.networks.mlp import GatedMLP
 from pyro_vae.report.markdown import markdown_table

@@ -15,7 +15,7 @@ import tyro
 from matplotlib.figure import Figure
 
 import pyro_vae as pv
-from pyro_vae.cli.recipes.categorical_vae import CategoricalVAEOptions
+from pyro_vae.cli.recipes.categorical_vae import CategoricalVAERecipe
 from pyro_vae.networks.mlp import MLP
 from pyro_vae.report.figures import save_figure
 
@@ -46,7 +46,7 @@ def main(options: Options) -> None:
     best = None
     for gradient in ("relaxed", "straight-through", "score-function"):
         torch.manual_seed(0)
-        choice = CategoricalVAEOptions(likelihood="bernoulli", gradient=gradient, annealing=options.epochs / 2)
+        choice = CategoricalVAERecipe(likelihood="bernoulli", gradient=gradient, annealing=options.epochs / 2)
         networks = {"encoder": MLP([(1, 28, 28)], 200, (256,)), "decoder": MLP([(20, 10)], 784, (256,))}
         pair = pv.models.CategoricalVAE(
             data.x_shape, pv.OneHotPrior(20, 10), relaxation=choice.relaxation(), **networks

@@ -14,7 +14,7 @@ import tyro
 from matplotlib.figure import Figure
 
 import pyro_vae as pv
-from pyro_vae.cli.recipes.flow_vae import FlowVAEOptions
+from pyro_vae.cli.recipes.flow_vae import FlowVAERecipe
 from pyro_vae.report.figures import save_figure
 
 KINDS = ("none", "planar", "sylvester", "autoregressive", "coupling")
@@ -39,7 +39,7 @@ def main(options: Options) -> None:
     for ax, kind in zip(figure.subplots(1, len(KINDS)), KINDS, strict=True):
         torch.manual_seed(0)
         chosen = {"length": 0} if kind == "none" else {"length": 4, "flow": kind}
-        pair = FlowVAEOptions(latent=2, context=16, **chosen).build(data)
+        pair = FlowVAERecipe(latent=2, context=16, **chosen).build(data)
         run = pv.fit(pair, data.train, epochs=options.epochs, validation=data.test, lr=2e-3)
         ll = pv.log_likelihood(pair, data.test, num_particles=options.num_particles, seed=0)
         bound = run.metrics[-1]["validation_loss"]

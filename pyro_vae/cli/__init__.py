@@ -1,1 +1,1 @@
-"""The command line."""
+"""The command line; ``main`` parses, and each command has a file."""

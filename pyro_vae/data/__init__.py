@@ -1,16 +1,18 @@
-"""Data sets with pixels in [0, 1], the maps between gray levels, bits and a continuum, and graphs."""
+"""Data sets of images and of graphs, and maps between gray levels, bits and real numbers."""
 
 from pyro_vae.data.files import data_root
 from pyro_vae.data.graphs import GRAPHS, Graph, LinkSplit, graph_of, load_graph, make_graph, split_links
-from pyro_vae.data.sets import NAMES, DataSet, load, load_links
+from pyro_vae.data.sets import NAMES, AnyDataSet, DataSet, GraphData, load, load_links
 from pyro_vae.data.sprites import Sprites, sprites
 from pyro_vae.data.transforms import binarise, dequantise, subset_after_shuffle
 
 __all__ = [
     "GRAPHS",
     "NAMES",
+    "AnyDataSet",
     "DataSet",
     "Graph",
+    "GraphData",
     "LinkSplit",
     "Sprites",
     "binarise",

@@ -1,4 +1,4 @@
-"""Where data sets lie on disk, and reading them whole or refusing them."""
+"""Files of the data sets: find them, unpack them, and read them whole or refuse them."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ __all__ = ["absent", "all_there", "data_root", "npz_file", "read_arrays", "torch
 
 
 def data_root(root: str | Path | None = None) -> Path:
-    """Return the folder that holds the data.
+    """Return the folder of the data sets.
 
     Args:
         root: the folder; if None, ``$PYRO_VAE_DATA``, else ``pyro_vae`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
 
     Returns:
-        The folder, which need not exist.
+        The folder; it need not exist.
 
     >>> data_root("images").name
     'images'
@@ -42,6 +42,7 @@ def _user_cache() -> Path:
 
 
 def absent(name: str, root: Path, files: Iterable[str], remedy: str) -> ValueError:
+    """Return the error for files that are not under ``root``, with the way out."""
     return ValueError(
         f"{name} is not under {root}: looked for {', '.join(files)}. Put them there, or name the folder that holds "
         f"them: root=, $PYRO_VAE_DATA, or --data-root on the command line; {remedy}"
@@ -49,22 +50,28 @@ def absent(name: str, root: Path, files: Iterable[str], remedy: str) -> ValueErr
 
 
 def all_there(folder: Path, files: Iterable[str]) -> bool:
+    """Return whether a folder holds all of the files."""
     return all((folder / file).is_file() for file in files)
 
 
 def npz_file(name: str, root: Path, file: str) -> Path:
+    """Return the path of a file that cannot be downloaded.
+
+    Raises:
+        ValueError: for an absent file.
+    """
     if not all_there(root, [file]):
         raise absent(name, root, [file], "download=True cannot fetch them")
     return root / file
 
 
 def read_arrays(path: Path, expected: dict[str, tuple[str, tuple[int | None, ...]]]) -> list[np.ndarray[Any, Any]]:
-    """Read arrays by name, each with its dtype and shape, None standing for any size but 0."""
+    """Read arrays by name and check their dtypes and shapes; None stands for any size but 0."""
     try:
-        # Opened here, for np.load leaves a damaged file open.
+        # np.load leaves a damaged file open; this closes it.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             arrays = [stored[name] for name in expected]
-    # A TypeError, where the file is a bare array under the wrong name: it is no context.
+    # TypeError: the file is a bare array, which is no context manager.
     except (EOFError, KeyError, OSError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is damaged or not the file expected ({error}); replace it") from error
     for (name, (dtype, shape)), array in zip(expected.items(), arrays, strict=True):
@@ -77,7 +84,7 @@ def read_arrays(path: Path, expected: dict[str, tuple[str, tuple[int | None, ...
 
 
 def unpacked(name: str, source: Any, root: Path, download: bool) -> Path:
-    """Return a folder that holds the unpacked files, having unpacked or fetched them if need be."""
+    """Return the folder of the unpacked files; unpack or fetch them first if necessary."""
     from torchvision.datasets.utils import check_integrity
 
     archives, files = _torchvision_files(source)
@@ -100,16 +107,16 @@ def unpacked(name: str, source: Any, root: Path, download: bool) -> Path:
 
 
 def _unpack(source: Any, root: Path, archives: Iterable[str], files: Iterable[str], *, target: Path) -> None:
-    """Unpack intact archives of ``root`` into ``target``, fetching those that are not among them."""
+    """Unpack intact archives of ``root`` into ``target``, and fetch the others."""
     target.mkdir(parents=True, exist_ok=True)
-    # torchvision writes in place, so another process could read half a file. Here each moves whole files out of a
-    # folder of its own, and the last replaces a file by its equal.
+    # torchvision writes in place: another process could read half a file. Each process therefore unpacks into a
+    # temporary folder and moves whole files; the last one replaces a file by an equal one.
     with tempfile.TemporaryDirectory(dir=target, prefix=".unpacking-") as folder:
         stage = Path(folder)
         for file in archives:
             (stage / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(root / file, stage / file)
-        # With an archive in place that has the right md5, `download` means: unpack it, and ask nobody.
+        # `download` unpacks an archive with the right md5 without fetching it.
         source(stage, train=False, download=True)
         for file in files:
             (target / file).parent.mkdir(parents=True, exist_ok=True)
@@ -126,6 +133,11 @@ def _torchvision_files(source: Any) -> tuple[dict[str, str], list[str]]:
 
 
 def torchvision_split(name: str, source: Any, folder: Path, *, train: bool) -> tuple[Tensor, Tensor]:
+    """Read images, (N, C, H, W) in [0, 1], and labels, (N,) int64, with a data set class of torchvision.
+
+    Raises:
+        ValueError: for damaged files.
+    """
     split = "train" if train else "test"
     try:
         stored = source(folder, train=train)

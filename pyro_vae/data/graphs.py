@@ -1,4 +1,4 @@
-"""Undirected graphs: checked, loaded, and split for link prediction."""
+"""Undirected graphs: check them, load them, and split their links."""
 
 from __future__ import annotations
 
@@ -15,10 +15,14 @@ __all__ = ["GRAPHS", "Graph", "LinkSplit", "graph_of", "load_graph", "make_graph
 
 
 class Graph(NamedTuple):
-    """An undirected graph without self-loops; isolated nodes are nodes like any other.
+    """Hold an undirected graph without self-loops; nodes may be isolated.
 
-    ``edges`` (2, E) int64 holds each edge once, its smaller node first, in lexicographic order. ``features`` (N, F) and
-    ``labels`` (N,) are of the nodes, or None; a label of −1 is unknown.
+    Attributes:
+        name: name for messages and figures.
+        num_nodes: N.
+        edges: (2, E) int64, each edge once, its smaller node first, in lexicographic order.
+        features: features of the nodes, (N, F), or None.
+        labels: classes of the nodes, (N,), −1 for unknown; or None.
 
     >>> make_graph(torch.tensor([[2], [0]]), num_nodes=3).adjacency().int()
     tensor([[0, 0, 1],
@@ -40,10 +44,14 @@ class Graph(NamedTuple):
 
 
 class LinkSplit(NamedTuple):
-    """A graph with edges held out, and as many pairs of nodes that the whole graph does not link.
+    """Hold a graph with edges held out, and as many unlinked pairs of nodes. No pair is in two of the five sets.
 
-    ``train`` is the graph of the remaining edges; ``validation`` and ``test`` (2, ·) are held-out edges,
-    ``validation_absent`` and ``test_absent`` (2, ·) the unlinked pairs; no pair is in two of the five sets.
+    Attributes:
+        train: graph of the remaining edges.
+        validation: held-out edges, (2, V).
+        validation_absent: pairs that the whole graph does not link, (2, V).
+        test: held-out edges, (2, T).
+        test_absent: pairs that the whole graph does not link, (2, T).
     """
 
     train: Graph
@@ -67,14 +75,14 @@ def make_graph(
         num_nodes: N.
         features: (N, F), or None.
         labels: (N,), or None.
-        name: for messages and figures.
+        name: name for messages and figures.
 
     Returns:
         :class:`Graph`.
 
     Raises:
-        ValueError: for edges that are no pairs of nodes, out of range, self-loops or duplicates, in one direction or
-            both, and for features or labels of another number of nodes.
+        ValueError: for edges that are no pairs of nodes, self-loops or duplicates (in one direction or both). Also for
+            features or labels of another number of nodes.
     """
     if edges.dim() != 2 or len(edges) != 2 or edges.is_floating_point() or edges.dtype == torch.bool:
         raise ValueError(f"edges is {edges.dtype} of shape {tuple(edges.shape)}; it must be whole numbers, (2, E)")
@@ -107,7 +115,7 @@ def graph_of(adjacency: Tensor, features: Tensor | None = None, labels: Tensor |
     """Check an adjacency matrix and return its graph.
 
     Args:
-        adjacency: (N, N), symmetric, of zeros and ones with a diagonal of zeros.
+        adjacency: symmetric matrix of zeros and ones with a diagonal of zeros, (N, N).
         features: (N, F), or None.
         labels: (N,), or None.
 
@@ -115,8 +123,7 @@ def graph_of(adjacency: Tensor, features: Tensor | None = None, labels: Tensor |
         :class:`Graph`.
 
     Raises:
-        ValueError: for a matrix that is not square, has other entries than 0 and 1, is not symmetric, or has
-            self-loops.
+        ValueError: for a matrix that is not square, not symmetric or not of zeros and ones, and for self-loops.
     """
     if adjacency.dim() != 2 or adjacency.shape[0] != adjacency.shape[1]:
         raise ValueError(f"adjacency has shape {tuple(adjacency.shape)}; it must be square, (N, N)")
@@ -135,20 +142,20 @@ def graph_of(adjacency: Tensor, features: Tensor | None = None, labels: Tensor |
 
 
 def load_graph(name: str, root: str | Path | None = None) -> Graph:
-    """Load a citation network: documents, linked where one cites the other, with the words that each uses.
+    """Load a citation network: nodes are documents, links are citations, features are words.
 
-    Files, under ``root``: ``planetoid/cora.npz``, ``planetoid/citeseer.npz``, ``planetoid/pubmed_graph_only.npz``,
-    plain arrays without pickles. PubMed comes without features.
+    Files under ``root``: ``planetoid/cora.npz``, ``planetoid/citeseer.npz``, ``planetoid/pubmed_graph_only.npz``,
+    plain arrays without pickles. PubMed has no features.
 
     Args:
         name: one of :data:`GRAPHS`.
-        root: the folder of the data sets; if None, as :func:`~pyro_vae.data.data_root`.
+        root: folder of the data sets; if None, as :func:`~pyro_vae.data.data_root`.
 
     Returns:
         :class:`Graph`.
 
     Raises:
-        ValueError: for an unknown name, and for files that are absent or damaged.
+        ValueError: for an unknown name, and for absent or damaged files.
 
     Reference:
         Sen et al. (2008), Collective classification in network data, AI Magazine 29; Yang, Cohen and Salakhutdinov
@@ -185,14 +192,13 @@ def split_links(graph: Graph, *, validation: float = 0.05, test: float = 0.1, se
         graph: the whole graph.
         validation: share of its edges, rounded down.
         test: share of its edges, rounded down.
-        seed: of the draw; the split depends on nothing else.
+        seed: seed of the draw; equal seeds give equal splits.
 
     Returns:
         :class:`LinkSplit`.
 
     Raises:
-        ValueError: for shares that are negative or leave no edge to train on, and for a graph too dense to have as
-            many unlinked pairs.
+        ValueError: for shares that are negative or leave no edge to train on, and for too few unlinked pairs.
 
     Reference:
         Kipf and Welling (2016), Variational graph auto-encoders, section 3: 5 % and 10 %.

@@ -1,10 +1,10 @@
-"""Data sets of images with pixels in [0, 1]."""
+"""The two types of data set: images with pixels in [0, 1], and graphs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -16,22 +16,20 @@ from pyro_vae.data.graphs import LinkSplit, load_graph, split_links
 from pyro_vae.data.sprites import sprites
 from pyro_vae.data.transforms import shuffled, unit
 
-__all__ = ["NAMES", "DataSet", "load", "load_links"]
+__all__ = ["NAMES", "AnyDataSet", "DataSet", "GraphData", "load", "load_links"]
 
 
 class DataSet(NamedTuple):
-    """Hold images whose every pixel is in [0, 1], or one graph.
+    """Hold images whose every pixel is in [0, 1].
 
     Attributes:
         name: one of :data:`NAMES`.
         train: training images, (N, C, H, W), in the default float type at the time of loading.
         test: test images, (M, C, H, W).
-        train_labels: class indices, (N,) int64, or None where the data have none.
+        train_labels: class indices, (N,) int64, or None for data without classes.
         test_labels: class indices, (M,) int64, or None.
-        levels: how many equally spaced gray levels k / (levels - 1) a pixel can take; None if they are not on a grid.
-        validation: validation images, (V, C, H, W), for the data that are published with such a split; else None.
-        links: for a graph, its links and those held out; ``train`` and ``test`` are then adjacency matrices, see
-            :func:`load_links`. None for images.
+        levels: the number of equally spaced gray levels k / (levels - 1) of a pixel; None for pixels on no grid.
+        validation: validation images, (V, C, H, W), for data that are published with them; else None.
 
     >>> images = torch.zeros(5, 1, 8, 8)
     >>> DataSet("blank", images[:3], images[3:], None, None, levels=2).x_shape
@@ -45,13 +43,49 @@ class DataSet(NamedTuple):
     test_labels: Tensor | None
     levels: int | None
     validation: Tensor | None = None
-    links: LinkSplit | None = None
 
     @property
     def x_shape(self) -> tuple[int, int, int]:
         """Return the shape (C, H, W) of one image."""
         channels, height, width = self.train.shape[1:]
         return channels, height, width
+
+
+class GraphData(NamedTuple):
+    """Hold one graph as a data set of one datum, with links held out.
+
+    Attributes:
+        name: one of :data:`~pyro_vae.data.GRAPHS`.
+        train: adjacency of the training links, (1, N, N) bool.
+        test: adjacency of the whole graph, (1, N, N) bool.
+        links: the training graph, and the pairs of nodes held out of it.
+
+    >>> from pyro_vae.data import make_graph
+    >>> graph = make_graph(torch.tensor([[0, 1], [1, 2]]), num_nodes=4)
+    >>> links = split_links(graph, validation=0.0, test=0.5)
+    >>> train, whole = links.train.adjacency(), graph.adjacency()
+    >>> GraphData("chain", train.unsqueeze(0), whole.unsqueeze(0), links).x_shape
+    (4, 4)
+    """
+
+    name: str
+    train: Tensor
+    test: Tensor
+    links: LinkSplit
+
+    @property
+    def x_shape(self) -> tuple[int, int]:
+        """Return the shape (N, N) of the graph's adjacency."""
+        return self.links.train.num_nodes, self.links.train.num_nodes
+
+    @property
+    def validation(self) -> None:
+        """Return None: validation links are pairs of nodes in ``links``, not a second graph."""
+        return None
+
+
+#: Every data set has a name, ``train``, ``test`` and ``validation`` data, and ``x_shape``, the shape of one datum.
+AnyDataSet: TypeAlias = DataSet | GraphData
 
 
 def load(name: str, root: str | Path | None = None, *, download: bool = False) -> DataSet:
@@ -70,24 +104,23 @@ def load(name: str, root: str | Path | None = None, *, download: bool = False) -
     sprites           3686 / 922, (1, 32, 32)         none: drawn, see :func:`~pyro_vae.data.sprites.sprites`
     ================  ==============================  =============================================================
 
-    ``static-mnist`` and ``frey-faces`` also have a validation set, of 10000 and 200. Where only archives are there,
-    unpacked copies are kept in the user's cache, for ``root`` may be read-only. OMNIGLOT is averaged down from
-    105 x 105, so its numbers do not compare with those on the 28 x 28 file of Burda et al.; its labels count the
-    characters of each of the two files from 0. The static MNIST's test set is sorted by digit: take parts of it with
-    :func:`subset_after_shuffle`.
+    ``static-mnist`` and ``frey-faces`` also have a validation set, of 10000 and 200. Archives are unpacked into the
+    user's cache, since ``root`` may be read-only. OMNIGLOT is averaged down from 105 x 105: do not compare results with
+    those on the 28 x 28 file of Burda et al. Its labels number the characters of each file from 0. The test set of
+    ``static-mnist`` is sorted by digit: take a part of it with :func:`subset_after_shuffle`.
 
     Args:
         name: one of :data:`NAMES`.
-        root: folder that holds the files; see :func:`data_root` for the default.
-        download: fetch what ``root`` lacks (``mnist``, ``fashion-mnist`` and ``cifar10`` only). Nothing is fetched
-            when the files or intact archives are there.
+        root: folder of the files; see :func:`data_root` for the default.
+        download: fetch missing files (``mnist``, ``fashion-mnist`` and ``cifar10`` only). Files and intact archives
+            are not fetched again.
 
     Returns:
-        The images and labels, pixels in [0, 1] in the default float type.
+        :class:`DataSet`, with pixels in [0, 1] in the default float type.
 
     Raises:
-        ValueError: if the name is not known, or files are absent, damaged, or hold other arrays than these.
-        OSError: if the folder to unpack or download into cannot be written, or a download fails.
+        ValueError: for an unknown name, and for files that are absent, damaged, or of other arrays.
+        OSError: for a folder that cannot be written, and for a failed download.
         RuntimeError: if every mirror of a download fails.
 
     >>> digits = load("digits")
@@ -101,20 +134,17 @@ def load(name: str, root: str | Path | None = None, *, download: bool = False) -
 
 def load_links(
     name: str, root: str | Path | None = None, *, validation: float = 0.05, test: float = 0.1, seed: int = 0
-) -> DataSet:
-    """Read a citation network as a data set of one datum, with links held out.
-
-    ``train`` (1, N, N) bool is the adjacency of the links that are left, ``test`` (1, N, N) that of the whole graph;
-    which links are held out, and as many pairs that are none, is in ``links``.
+) -> GraphData:
+    """Read a citation network as a data set of one datum, and hold links out.
 
     Args:
         name: one of :data:`~pyro_vae.data.GRAPHS`; see :func:`~pyro_vae.data.load_graph` for its file.
         root: the folder of the data sets; if None, as :func:`data_root`.
         validation, test: shares of the links to hold out.
-        seed: of the split.
+        seed: seed of the split.
 
     Returns:
-        :class:`DataSet`; labels are of nodes, not of data, and are in ``links.train``.
+        :class:`GraphData`. Labels belong to nodes: read them from ``links.train.labels``.
 
     Raises:
         ValueError: as :func:`~pyro_vae.data.load_graph` and :func:`~pyro_vae.data.split_links`.
@@ -122,24 +152,24 @@ def load_links(
     graph = load_graph(name, root)
     links = split_links(graph, validation=validation, test=test, seed=seed)
     train, whole = (each.adjacency().unsqueeze(0) for each in (links.train, graph))
-    return DataSet(name, train, whole, None, None, None, links=links)
+    return GraphData(name, train, whole, links)
 
 
 def _digits() -> DataSet:
-    # Imported here, as torchvision below, for they take seconds to import and other data sets do without them.
+    # scikit-learn, like torchvision below, takes seconds to import, and other data sets do not need it.
     from sklearn.datasets import load_digits
 
     pixels, classes = load_digits(return_X_y=True)
     images = unit(torch.from_numpy(pixels).reshape(-1, 1, 8, 8), 16)
     labels = torch.from_numpy(classes).long()
-    # Of 1797 in all, four fifths train, rounded down.
+    # Four fifths of 1797 train, rounded down.
     train, test = torch.split(shuffled(len(images)), [1437, 360])
     return DataSet("digits", images[train], images[test], labels[train], labels[test], levels=17)
 
 
 def _sprites() -> DataSet:
     drawn = sprites()
-    # Four fifths train, rounded down, as with the digits; labels are shapes.
+    # Four fifths of 4608 train, rounded down. Labels are shapes.
     (train, test), (labels, test_labels) = (
         torch.split(rows, [3686, 922]) for rows in (drawn.images, drawn.factors[:, 0].contiguous())
     )
@@ -168,7 +198,7 @@ def _frey_faces(root: Path) -> DataSet:
     path = npz_file("frey-faces", root, "freyfaces/freyfaces.npz")
     (frames,) = read_arrays(path, {"images": ("uint8", (1965, 28, 20))})
     images = unit(torch.from_numpy(frames).unsqueeze(1), 255)
-    # Shuffled first, for neighbouring frames of a film are near copies; the sizes are the usual ones.
+    # Neighbouring frames of a film are near copies: shuffle first. The sizes are the usual ones.
     train, valid, test = (images[rows] for rows in torch.split(shuffled(len(images)), [1565, 200, 200]))
     return DataSet("frey-faces", train, test, None, None, levels=256, validation=valid)
 
@@ -184,7 +214,7 @@ def _omniglot_ink(path: Path) -> tuple[Tensor, Tensor]:
     if paper.shape[:2] != labels.shape:
         raise ValueError(f"{path} has images {paper.shape} and labels {labels.shape}, not one label per image")
     ink = torch.empty(*labels.shape, 28, 28)
-    # One character at a time: all of them as floats at 105 x 105 would take up to 1.7 GB.
+    # One character at a time: all characters as floats at 105 x 105 need up to 1.7 GB.
     for character, drawings in zip(ink, paper, strict=True):
         character.copy_(adaptive_avg_pool2d(torch.from_numpy(~drawings).to(ink.dtype), 28))
     return ink.reshape(-1, 1, 28, 28), torch.from_numpy(labels).reshape(-1)

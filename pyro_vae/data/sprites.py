@@ -1,4 +1,4 @@
-"""Binary images of one white shape each, whose every factor of variation is known."""
+"""Binary images of one white shape, with known factors of variation."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ SIZES = {"shape": 3, "scale": 4, "rotation": 6, "x": 8, "y": 8}
 
 
 class Sprites(NamedTuple):
-    """Images and the factors that made them.
+    """Hold images and their factors.
 
     Attributes:
         images: (N, 1, 32, 32), zeros and ones in the default float type.
         factors: indices of the factors' values, (N, 5) int64, in the order of ``names``.
         names: shape, scale, rotation, x, y.
-        sizes: how many values each factor takes.
+        sizes: number of values of each factor.
     """
 
     images: Tensor
@@ -33,20 +33,20 @@ class Sprites(NamedTuple):
 
 
 def sprites(size: int | None = None, seed: int = 0) -> Sprites:
-    """Draw a square, an ellipse or a heart for every combination of factors, 4608 in all.
+    """Draw a square, an ellipse or a heart for each of 4608 combinations of factors.
 
-    Half-widths run over 4 values from 0.22 to 0.385 (half the image is 1), rotations over 6 from 0° to 75°, both
-    positions over 8 from −0.42 to 0.42. A square is itself again at 90°, so that no two combinations are one image.
+    Half-widths have 4 values from 0.22 to 0.385, in units of half the image. Rotations have 6 values from 0° to 75°,
+    and each position 8 from −0.42 to 0.42. Rotations stop before 90°, at which a square repeats: all images differ.
 
     Args:
-        size: how many combinations, drawn without replacement; all by default.
-        seed: of their order.
+        size: number of combinations, drawn without replacement; all by default.
+        seed: seed of their order.
 
     Returns:
         :class:`Sprites`.
 
     Raises:
-        ValueError: for a size that is not between 1 and 4608.
+        ValueError: for a size outside 1 … 4608.
 
     Reference:
         After dSprites: Matthey, Higgins, Hassabis and Lerchner (2017).
@@ -70,7 +70,7 @@ def _draw(factors: Tensor) -> Tensor:
     pixels = (torch.arange(SIDE) + 0.5) / SIDE * 2 - 1
     x = pixels - (-0.42 + 0.12 * column).reshape(-1, 1, 1)
     y = pixels.unsqueeze(-1) - (-0.42 + 0.12 * row).reshape(-1, 1, 1)
-    # Coordinates in the sprite's own frame, in units of its half-width.
+    # Coordinates along the sprite's axes, in units of its half-width.
     u = (torch.cos(angle) * x + torch.sin(angle) * y) / width
     v = (torch.cos(angle) * y - torch.sin(angle) * x) / width
     a, b = 1.2 * u, -1.2 * v + 0.1

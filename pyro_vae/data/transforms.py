@@ -1,4 +1,4 @@
-"""Maps between gray levels, bits and a continuum, and seeded subsets."""
+"""Maps between gray levels, bits and real numbers, and seeded subsets."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from torch import Tensor
 
 __all__ = ["binarise", "dequantise", "shuffled", "subset_after_shuffle", "unit"]
 
-# Any number would serve; it stays as it is because scores on two different splits cannot be compared.
+# Do not change it: scores on two splits do not compare.
 _SPLIT_SEED = 0
-# How far a pixel may lie off its grid, in levels: far above rounding in float32 at 256 levels, 3e-5; far below the gap
-# that some pixel shows when the number of levels is wrong.
+# Largest distance of a pixel from its grid, in levels. Rounding in float32 at 256 levels is far below it, 3e-5. With a
+# wrong number of levels some pixel is far above it.
 _GRID_TOLERANCE = 0.01
 
 
 def binarise(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Draw each pixel as a Bernoulli variable whose probability is its gray level.
+    """Draw each pixel from a Bernoulli distribution with its gray level as probability.
 
-    Drawn anew for each epoch, this makes the dynamically binarised MNIST.
+    Call it in each epoch for the dynamically binarised MNIST.
 
     Args:
         x: gray levels in [0, 1], any shape.
-        generator: source of randomness, on the device of ``x``; the global one if None.
+        generator: random generator on the device of ``x``; the global one if None.
 
     Returns:
         Zeros and ones, in the shape and type of ``x``.
 
     Raises:
-        ValueError: if ``x`` is not in [0, 1].
+        ValueError: for values outside [0, 1].
 
     >>> binarise(torch.tensor([0.0, 1.0])).tolist()
     [0.0, 1.0]
@@ -37,21 +37,23 @@ def binarise(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
 
 
 def dequantise(x: Tensor, levels: int, generator: torch.Generator | None = None) -> Tensor:
-    """Spread each gray level evenly over its own share of [0, 1).
+    """Add uniform noise to each gray level, within its share of [0, 1).
 
-    y = (k + u) / levels with k = (levels - 1) x and u ~ Uniform(0, 1), so that k = floor(levels y), and a density of
-    y bounds the probability of k: log P(k) >= E[log p(y)] - log(levels) per pixel.
+    y = (k + u) / levels,   k = (levels - 1) x,   u ~ Uniform(0, 1)
+
+    Then k = floor(levels y). A density of y bounds the probability of k:
+    log P(k) >= E[log p(y)] - log(levels) per pixel.
 
     Args:
         x: gray levels k / (levels - 1), any shape.
-        levels: how many levels there are, at least 2.
-        generator: source of randomness, on the device of ``x``; the global one if None.
+        levels: number of levels, at least 2.
+        generator: random generator on the device of ``x``; the global one if None.
 
     Returns:
         Values in [0, 1), in the shape and type of ``x``.
 
     Raises:
-        ValueError: if ``levels`` is below 2 or more than the type of ``x`` resolves, or ``x`` is not on that grid.
+        ValueError: for ``levels`` below 2 or beyond the resolution of the type of ``x``, and for ``x`` off the grid.
 
     Reference:
         Theis, van den Oord and Bethge (2016), A note on the evaluation of generative models, ICLR, section 3.1.
@@ -63,8 +65,8 @@ def dequantise(x: Tensor, levels: int, generator: torch.Generator | None = None)
     if levels < 2:
         raise ValueError(f"levels={levels} leaves nothing to tell apart; pass 2 or more, e.g. the data set's own")
     _check_unit_interval(x)
-    # Rounding in k + u, in the division and in a later product by `levels` moves a value by no more than this, in
-    # levels. Noise that keeps this far from 0 and 1 is never rounded into the neighbouring level, nor to y = 1.
+    # In levels, an upper bound on rounding in k + u, in the division, and in a later multiplication by `levels`. Noise
+    # at least this far from 0 and 1 is never rounded into the neighbouring level, nor to y = 1.
     margin = 2 * levels * torch.finfo(x.dtype).eps
     if margin > _GRID_TOLERANCE:
         raise ValueError(f"x of type {x.dtype} cannot resolve levels={levels}; convert x to a wider type")
@@ -77,21 +79,21 @@ def dequantise(x: Tensor, levels: int, generator: torch.Generator | None = None)
 
 
 def subset_after_shuffle(x: Tensor, size: int, seed: int = 0) -> Tensor:
-    """Take ``size`` rows at random, the same ones at every call.
+    """Take ``size`` rows at random, the same rows at every call.
 
-    Off the front alone they would not stand for the whole where rows are sorted. Images and labels taken with the same
-    ``seed`` stay matched.
+    Use it instead of the first rows: data sets may be sorted. Take images and labels with the same ``seed`` to match
+    them.
 
     Args:
         x: rows, (N, ...).
-        size: how many rows, from 1 to N.
+        size: number of rows, from 1 to N.
         seed: seed of the shuffle.
 
     Returns:
         The first rows after the shuffle, (size, ...).
 
     Raises:
-        ValueError: if ``size`` is not between 1 and N.
+        ValueError: for a ``size`` outside 1 … N.
 
     >>> sorted(subset_after_shuffle(torch.arange(3), 3).tolist())
     [0, 1, 2]
@@ -102,7 +104,8 @@ def subset_after_shuffle(x: Tensor, size: int, seed: int = 0) -> Tensor:
 
 
 def shuffled(size: int, seed: int = _SPLIT_SEED) -> Tensor:
-    # On the CPU, for streams differ between devices.
+    """Return a seeded permutation of 0 … size − 1."""
+    # On the CPU: random streams differ between devices.
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed))
 
 
@@ -112,11 +115,12 @@ def _check_unit_interval(x: Tensor) -> None:
     if x.numel() == 0:
         return
     low, high = (bound.item() for bound in x.aminmax())
-    if not (low >= 0 and high <= 1):  # written so that a NaN fails
+    # The negation refuses NaN too.
+    if not (low >= 0 and high <= 1):
         raise ValueError(f"x is not in [0, 1]: it runs from {low:g} to {high:g}; divide it by its highest level")
 
 
 def unit(images: Tensor, highest: int) -> Tensor:
     """Return (N, C, H, W) whole numbers 0..highest as floats in [0, 1]."""
-    # One copy, divided in place: MNIST is 188 MB in float32, and a second copy only to divide would double that.
+    # Divide in place: MNIST takes 188 MB in float32, and a second copy would double that.
     return images.to(torch.get_default_dtype(), memory_format=torch.contiguous_format).div_(highest)

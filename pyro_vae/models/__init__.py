@@ -1,4 +1,4 @@
-"""One file per published model: the generative model in the docstring, then the pair."""
+"""Published models, one a file: the factorisation in the docstring, then the pair."""
 
 from pyro_vae.models.beta_vae import BetaVAE
 from pyro_vae.models.categorical_vae import CategoricalVAE

@@ -1,13 +1,13 @@
-"""The β-VAE: a one-stage VAE trained for factors that lie apart in its latents.
+"""The β-VAE: a one-stage VAE trained to disentangle the factors of variation.
 
     p(x, z) = p(z) p(x | z)          q(z | x) diagonal
 
     β-ELBO = E_q[log p(x | z)] − β KL(q(z | x) ‖ p(z))                       a bound on log p(x) for β ≥ 1
     capacity: E_q[log p(x | z)] − β |KL(q(z | x) ‖ p(z)) − C|                C rises while training; no bound
-    β-TCVAE: KL split into mutual information, total correlation and the rest, the total correlation weighed by β
+    β-TCVAE: KL = mutual information + total correlation + the rest, the total correlation weighted by β
 
-The model is the VAE's; what differs is what training maximises. Evaluation is of the VAE: validation losses are −ELBO
-at β = 1, and log p(x) is log p(x).
+Model and guide are the VAE's. Only the training objective differs. Evaluation ignores β: validation losses are −ELBO
+at β = 1, and ``log_likelihood`` estimates log p(x).
 
 Reference: Higgins et al. (2017), β-VAE, ICLR; Burgess et al. (2018), arXiv:1804.03599; Chen, Li, Grosse and Duvenaud
 (2018), Isolating sources of disentanglement in VAEs, NeurIPS.
@@ -31,18 +31,18 @@ __all__ = ["BetaVAE"]
 
 
 class BetaVAE(VAE):
-    """Pair p(z) p(x | z) with q(z | x), and state what it is trained by.
+    """Pair p(z) p(x | z) with q(z | x), and provide its training objectives.
 
     Args:
         x_shape: shape of one datum, (C, H, W) or (D,).
-        prior: p(z); it knows L.
-        likelihood: the head of p(x | z); Bernoulli by default.
-        beta: β ≥ 0, the weight of the divergence, or of its distance from the capacity.
-        capacity: C in nats, where it is to be held; it moves with training.
-        encoder, decoder: networks of the user's own.
+        prior: p(z) over L entries.
+        likelihood: head of p(x | z); Bernoulli by default.
+        beta: β ≥ 0, the weight of the KL, or of its distance from the capacity.
+        capacity: C in nats, annealed during training; None for the β-ELBO.
+        encoder, decoder: networks to use in place of the default ones.
 
     Raises:
-        ValueError: for β that is negative or not finite, and a negative capacity.
+        ValueError: for a negative or infinite β, and for a negative capacity.
 
     >>> import torch, pyro_vae as pv
     >>> pair = BetaVAE((1, 8, 8), pv.StandardNormal(4), beta=4.0, capacity=pv.Annealed(0.0, 10.0, epochs=5))
@@ -66,9 +66,9 @@ class BetaVAE(VAE):
         self.objective()
 
     def objective(self) -> Objective:
-        """Return what to maximise, for ``fit(pair, data, loss=pair.objective())``."""
+        """Return the β-ELBO or the capacity objective, for ``fit(pair, data, loss=pair.objective())``."""
         return beta_elbo(self.beta) if self.capacity is None else capacity_elbo(self.beta, self.capacity)
 
     def total_correlation_elbo(self, num_data: int) -> TotalCorrelationELBO:
-        """Return β-TCVAE's loss for this many training data, β on the total correlation alone."""
+        """Return the loss of β-TCVAE for ``num_data`` training data."""
         return TotalCorrelationELBO(self.beta, num_data)

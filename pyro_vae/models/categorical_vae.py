@@ -2,16 +2,15 @@
 
     p(x, z) = Π_g Categorical(z_g; π_g) · p(x | z)          q(z | x) = Π_g Categorical(z_g; π_g(x)),   z_g one-hot rows
 
-Four ways to the guide's gradient, of which the first two take a :class:`~pyro_vae.GumbelSoftmax`:
+Choose one of four gradient estimators for the guide. The first two need a :class:`~pyro_vae.GumbelSoftmax`:
 
-* relaxed: training draws lie inside the simplex, at a temperature that may fall;
-* straight-through: training draws are rounded to one-hot rows and keep the relaxed draws' gradients;
-* score function: discrete draws, Pyro's ``Trace_ELBO`` or ``TraceGraph_ELBO``;
-* enumeration: no draws, ``TraceEnum_ELBO`` sums over all C^G rows, which must be few.
+* relaxed: draws lie inside the simplex, at an annealed temperature;
+* straight-through: draws are rounded to one-hot rows, with the gradients of the relaxed draws;
+* score function: discrete draws, with Pyro's ``Trace_ELBO`` or ``TraceGraph_ELBO``;
+* enumeration: ``TraceEnum_ELBO`` sums over all C^G rows; use it for few rows.
 
-A relaxation lives in training mode only. In evaluation mode model and guide are the discrete ones above, whatever they
-were trained by: validation losses and :func:`~pyro_vae.log_likelihood` are of the discrete model, and the relaxed
-training loss, which bounds nothing, is never reported as a likelihood.
+Only training mode relaxes. In evaluation mode model and guide are discrete, for validation losses as for
+:func:`~pyro_vae.log_likelihood`. The relaxed training loss bounds no likelihood, and no result reports it as one.
 
 Reference: Jang, Gu and Poole (2017), Categorical reparameterization with Gumbel-softmax, ICLR.
 """
@@ -40,14 +39,15 @@ class CategoricalVAE(Pair):
 
     Args:
         x_shape: shape of one datum, (C, H, W) or (D,).
-        prior: p(z), :class:`~pyro_vae.OneHotPrior`; it knows how many groups and categories there are.
-        likelihood: the head of p(x | z); Bernoulli by default.
-        relaxation: what the draws are relaxed by while training; None leaves them discrete.
-        enumerated: whether z is marked for ``TraceEnum_ELBO`` to sum over; other losses of Pyro's then warn.
-        encoder: maps x to G·C logits; decoder: maps z, (…, G, C), to the head's outputs.
+        prior: p(z) over G groups of C categories, :class:`~pyro_vae.OneHotPrior`.
+        likelihood: head of p(x | z); Bernoulli by default.
+        relaxation: relaxation of training draws; None leaves them discrete.
+        enumerated: mark z for ``TraceEnum_ELBO`` to sum over; Pyro's other losses then warn.
+        encoder: network from x to G·C logits.
+        decoder: network from z, (…, G, C), to the head's outputs.
 
     Raises:
-        ValueError: for a relaxation of what is summed over, and more than 2^14 configurations to sum over.
+        ValueError: for a relaxation of an enumerated z, and for more than 2^14 configurations to enumerate.
 
     >>> import torch, pyro_vae as pv
     >>> pair = CategoricalVAE((1, 8, 8), pv.OneHotPrior(2, 3), relaxation=pv.GumbelSoftmax(0.5))
@@ -95,7 +95,7 @@ class CategoricalVAE(Pair):
         """Return log p(x) = log Σ_z p(z) p(x | z) over all configurations, (B,), in nats.
 
         Raises:
-            ValueError: where they are too many to sum over.
+            ValueError: for more than 2^14 configurations.
         """
         prior = self.prior()
         z = prior.enumerate_support()

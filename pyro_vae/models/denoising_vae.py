@@ -1,12 +1,12 @@
-"""The denoising VAE: an encoder that sees corrupted data, and a bound that stays one.
+"""The denoising VAE: an encoder of corrupted data, trained on a bound of the clean data's likelihood.
 
     p(x, z) = p(z) p(x | z)          q(z | x) = (1/M) Σ_m q(z | x̃_m),   x̃_1 … x̃_M ~ c(x̃ | x)
 
-The guide is E_c q(z | x̃), the corruption marginalised by M draws anew at each run. Given them it is an equal-weight
-mixture: a draw takes one of its components by an index free of parameters, and is scored under all of them, its own
-among them, log q = logsumexp_m log q(z | x̃_m) − log M. Every M therefore gives a bound on log p(x), and in expectation
-a tighter one the larger M is; scored under fresh corruptions alone, a draw may overstate it. The model sees clean
-data only, and no site is added.
+The guide is E_c q(z | x̃), with the corruption marginalised by M fresh draws at each call. Given these draws it is an
+equal-weight mixture, log q = logsumexp_m log q(z | x̃_m) − log M. A draw picks one component at random and is scored
+under all of them. Every M therefore gives a bound on log p(x); a larger M gives a tighter bound in expectation. Do not
+score a draw under fresh corruptions alone: the result may exceed log p(x). The model sees clean data only, and the
+corruption adds no site.
 
 Reference: Im, Ahn, Memisevic and Bengio (2017), Denoising criterion for variational auto-encoding framework, AAAI.
 """
@@ -37,17 +37,17 @@ class DenoisingVAE(Pair):
 
     Args:
         x_shape: shape of one datum, (C, H, W) or (D,).
-        prior: p(z), :class:`~pyro_vae.StandardNormal` or :class:`~pyro_vae.MixtureOfGaussians`; it knows L.
-        corruption: a module that maps x to the distribution of x̃, such as :class:`~pyro_vae.BitFlip`.
-        likelihood: the head of p(x | z); Bernoulli by default.
-        posterior: the head of q(z | x̃), the noise in the latents: any distribution with ``rsample``.
-        corruptions: M; ``pair.corruptions`` may be set to more for an evaluation.
-        encoder, decoder: networks of the user's own.
+        prior: p(z) over L entries, :class:`~pyro_vae.StandardNormal` or :class:`~pyro_vae.MixtureOfGaussians`.
+        corruption: module that maps x to the distribution of x̃, e.g. :class:`~pyro_vae.BitFlip`.
+        likelihood: head of p(x | z); Bernoulli by default.
+        posterior: head of q(z | x̃), any distribution with ``rsample``.
+        corruptions: M; set ``pair.corruptions`` to a larger number for an evaluation.
+        encoder, decoder: networks to use in place of the default ones.
 
-    All particles of a run share its M corruptions, so that the encoder's work does not grow with their number.
+    All particles share the M corruptions: the encoder's work does not grow with the number of particles.
 
     Raises:
-        ValueError: for M < 1, a corruption that leaves the likelihood's support, and one that does not take its data.
+        ValueError: for M < 1, for corrupted data outside the likelihood's support, and for a corruption of other data.
 
     >>> import torch, pyro_vae as pv
     >>> pair = DenoisingVAE((1, 8, 8), pv.StandardNormal(4), pv.BitFlip(0.1), corruptions=5)

@@ -1,8 +1,8 @@
-"""The mixture of Gaussians, whose only latent is the component.
+"""The mixture of Gaussians; its only latent is the component.
 
     c ~ Categorical(w),   x ~ N(μ_c, diag σ_c²)          q(c | x) = p(c | x) = r_c(x)
 
-With the exact posterior as guide every log-weight is log p(x). It is trained by ``pv.em``, or by ``pv.fit`` like any
+The guide is the exact posterior: every log-weight is log p(x). Train it with ``pv.em``, or with ``pv.fit`` like any
 other pair.
 
 Reference: Dempster, Laird and Rubin (1977), Maximum likelihood from incomplete data via the EM algorithm, JRSS B 39.
@@ -25,8 +25,8 @@ class GaussianMixture(Pair):
     """Pair p(c) p(x | c) with its exact posterior.
 
     Args:
-        components: the mixture, p(x) itself; it knows D.
-        floor: the smallest variance that an M-step sets: a component on a single datum would have infinite density.
+        components: the mixture p(x) over D entries.
+        floor: lower bound on the variances of an M-step; a component on a single datum would have infinite density.
 
     Raises:
         ValueError: for a negative floor.
@@ -71,13 +71,13 @@ class GaussianMixture(Pair):
     def m_step(self, x: Tensor, q: Tensor) -> None:
         """Set w, μ and σ to the moments of the data, weighted by q (B, components).
 
-        A component that no datum belongs to keeps its mean and scale.
+        The mean and the scale of an empty component do not change.
         """
         counts = q.sum(0)
         used = counts > 0
         shares = q / torch.where(used, counts, 1.0)
         means = shares.mT @ x
-        # The squares of differences: E x² − (E x)² would cancel for data far from zero.
+        # Squared differences: E x² − (E x)² would lose precision for data far from zero.
         variances = torch.einsum("bc,bcd->cd", shares, (x.unsqueeze(-2) - means) ** 2).clamp(min=self.floor)
         self.components.logits.copy_(counts.clamp(min=torch.finfo(q.dtype).tiny).log())
         self.components.means.copy_(torch.where(used.unsqueeze(-1), means, self.components.means))

@@ -1,13 +1,13 @@
-"""A VAE whose latent belongs to one of C clusters, and the cluster is a latent itself.
+"""The VAE that clusters: z belongs to one of C clusters, and the cluster is a latent too.
 
     c ~ Categorical(w),   z ~ N(μ_c, diag σ_c²),   x ~ p(x | z)          q(z | x) q(c | z) = q(z | x) p(c | z)
 
-The guide knows the cluster of a z exactly, r_c(z) ∝ w_c N(z; μ_c, diag σ_c²), so that c costs nothing:
-p(c) p(z | c) / q(c | z) = p(z) for every c, and log-weights are those of the same VAE with its mixture summed out.
+The guide samples c from its exact posterior, r_c(z) ∝ w_c N(z; μ_c, diag σ_c²). Therefore
+p(c) p(z | c) / q(c | z) = p(z) for every c. Log-weights equal those of the VAE with a mixture prior.
 
-Gradients need no score function either. By Fisher's identity ∇ log p(z) = E_{r(c | z)} ∇ log p(z, c): with the
-responsibilities held constant, a drawn c leaves the gradient unbiased (``Trace_ELBO``), and a sum over c, with
-``enumerated`` and ``TraceEnum_ELBO``, makes it that of the summed mixture.
+Gradients need no score function. By Fisher's identity ∇ log p(z) = E_{r(c | z)} ∇ log p(z, c), with the
+responsibilities held constant. A drawn c gives an unbiased gradient (``Trace_ELBO``). A sum over c gives the gradient
+of the mixture prior (``enumerated=True`` and ``TraceEnum_ELBO``).
 
 Reference: Jiang, Zheng, Tan, Tang and Zhou (2017), Variational deep embedding: an unsupervised and generative approach
 to clustering, IJCAI; Dilokthanakul et al. (2016), Deep unsupervised clustering with Gaussian mixture VAEs, arXiv.
@@ -31,12 +31,12 @@ from pyro_vae.pair.modes import device_of
 from pyro_vae.pair.pair import Pair
 from pyro_vae.runtime.random_state import own_random_state
 
-__all__ = ["CHUNK", "GaussianMixtureVAE"]
+__all__ = ["BATCH_SIZE", "GaussianMixtureVAE"]
 
-# No component of a fitted prior is narrower than this share of N(0, I)'s variance: a point would have infinite density.
+# Lower bound on the variances of a fitted prior, as a share of N(0, I)'s: a point would have infinite density.
 SMALLEST_VARIANCE = 1e-3
-# Data encoded at once.
-CHUNK = 1024
+# Data per pass of the encoder.
+BATCH_SIZE = 1024
 
 
 class GaussianMixtureVAE(Pair):
@@ -44,14 +44,14 @@ class GaussianMixtureVAE(Pair):
 
     Args:
         x_shape: shape of one datum, (C, H, W) or (D,).
-        prior: the clusters; it knows their number and L.
-        likelihood: the head of p(x | z); Gaussian with one learned γ by default.
-        posterior: the head of q(z | x), diagonal by default.
-        encoder, decoder: networks of the user's own; by default MLPs, from 16 × 16 pixels up strided conv nets.
-        enumerated: whether c is marked, so that ``TraceEnum_ELBO`` sums over it; elsewhere it is drawn all the same.
+        prior: mixture of C clusters over L entries.
+        likelihood: head of p(x | z); Gaussian with one learned γ by default.
+        posterior: head of q(z | x), diagonal by default.
+        encoder, decoder: networks to use in place of the default ones: MLPs, or strided conv nets from 16 × 16 pixels.
+        enumerated: mark c for ``TraceEnum_ELBO`` to sum over; everything else still draws it.
 
     Raises:
-        ValueError: for a prior without clusters.
+        ValueError: for a prior that is no mixture.
 
     >>> import torch, pyro_vae as pv
     >>> pair = GaussianMixtureVAE((1, 8, 8), pv.MixtureOfGaussians(10, 4), pv.Bernoulli())
@@ -76,7 +76,7 @@ class GaussianMixtureVAE(Pair):
         if not isinstance(prior, MixtureOfGaussians):
             raise ValueError(f"prior is {type(prior).__name__}; it must be a MixtureOfGaussians(components, size)")
         self.x_shape, self.prior = tuple(x_shape), prior
-        # Marked only on request: Trace_ELBO warns of sites that it does not sum over.
+        # Trace_ELBO warns of marked sites.
         self.infer = {"enumerate": "parallel"} if enumerated else {}
         z, x = (prior.size,), self.x_shape
         p_x, q_z = likelihood or Gaussian(), posterior or DiagonalGaussian()
@@ -92,33 +92,33 @@ class GaussianMixtureVAE(Pair):
     def guide(self, x: Tensor) -> None:
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", self.q_z(x))
-            # Held constant, see above: no score function is needed.
+            # Held constant: see Fisher's identity above.
             shares = self.prior.responsibilities(z).detach()
             pyro.sample("c", dist.Categorical(probs=shares), infer=dict(self.infer))
 
     def responsibilities(self, x: Tensor, num_particles: int = 16) -> Tensor:
-        """Estimate q(c | x) = E_q(z | x) r_c(z), a soft clustering.
+        """Estimate the soft clustering q(c | x) = E_q(z | x) r_c(z).
 
         Args:
             x: (B, …).
             num_particles: K, draws of z per datum.
 
         Returns:
-            (B, components), each row sums to one.
+            (B, C); rows sum to one.
         """
         return self.prior.responsibilities(self.q_z(x).sample((num_particles,))).mean(0)
 
     @torch.no_grad()
     def start_clusters(self, x: Tensor, seed: int = 0) -> None:
-        """Set the prior to the mixture that best fits draws of the encoded data, by expectation–maximisation.
+        """Fit the prior to draws of the encoded data, by expectation–maximisation.
 
-        Draws, not means: the best prior for a guide is its average over the data, as wide as its posteriors are.
-        From a random start most components die in the first epochs, when the decoder does not use z yet. Encode with a
-        briefly trained pair instead, start the clusters there, and train on (Jiang et al., 2017, section 4.3).
+        Train briefly, call this, then train on (Jiang et al., 2017, section 4.3). From a random start most components
+        become empty in the first epochs, before the decoder uses z. The fit takes draws of q(z | x), not means. Draws
+        spread as wide as the average of the posteriors, the best prior for a guide.
 
         Args:
-            x: (N, …), data to encode.
-            seed: of the fit.
+            x: data to encode, (N, …).
+            seed: seed of the fit.
 
         Raises:
             ValueError: for fewer data than components.
@@ -128,7 +128,7 @@ class GaussianMixtureVAE(Pair):
         if len(x) < self.prior.components:
             raise ValueError(f"x holds {len(x)} data, fewer than the prior's {self.prior.components} components")
         with own_random_state(seed, device_of(self)):
-            drawn = torch.cat([self.q_z(rows).sample() for rows in x.split(CHUNK)]).double().cpu().numpy()
+            drawn = torch.cat([self.q_z(rows).sample() for rows in x.split(BATCH_SIZE)]).double().cpu().numpy()
         fitted = GaussianMixture(self.prior.components, covariance_type="diag", n_init=5, random_state=seed).fit(drawn)
         self.prior.logits.copy_(torch.from_numpy(fitted.weights_).log())
         self.prior.means.copy_(torch.from_numpy(fitted.means_))

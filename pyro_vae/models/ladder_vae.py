@@ -1,17 +1,16 @@
-"""The ladder VAE: a hierarchy of latents whose guide walks down it together with the model.
+"""The ladder VAE: a hierarchy of latents; guide and model sample it from the top down.
 
     p(x, z) = p(z_L) p(z_{L−1} | z_L) … p(z_1 | z_2) p(x | z_1)
     q(z | x) = q(z_L | x) q(z_{L−1} | z_L, x) … q(z_1 | z_2, x)
 
-A deterministic pass upwards, d_l = f_l(d_{l−1}) with d_0 = x, gives each layer what the data say, N(m_l, s_l²). The
-guide samples downwards and multiplies it by what the model says, p(z_l | z_{l+1}) = N(μ_l, σ_l²):
+A deterministic bottom-up pass, d_l = f_l(d_{l−1}) with d_0 = x, gives each layer the evidence of the data,
+N(m_l, s_l²). The guide samples top-down and merges it with the model's p(z_l | z_{l+1}) = N(μ_l, σ_l²):
 
     q(z_l | z_{l+1}, x) = N(v_l (m_l / s_l² + μ_l / σ_l²), v_l),   1 / v_l = 1 / s_l² + 1 / σ_l²
 
-and q(z_L | x) = N(m_L, s_L²). The networks of p(z_l | z_{l+1}) are the model's and the guide's at once. Against layers
-that fall idle, normalise by batches and train with ``fit(warmup=…)``, or take the objective
-:func:`~pyro_vae.objectives.free_bits`, which has a warm-up of its own; both see one site for each layer, and so does
-``collapse_report``.
+and q(z_L | x) = N(m_L, s_L²). Model and guide share the networks of p(z_l | z_{l+1}). To avoid inactive layers, use
+batch normalisation with ``fit(warmup=…)``, or the objective :func:`~pyro_vae.objectives.free_bits`, which has a warm-up
+too. Each layer is one site; ``collapse_report`` has a row for each.
 
 Reference: Sønderby, Raiko, Maaløe, Sønderby and Winther (2016), Ladder variational autoencoders, NeurIPS.
 """
@@ -34,7 +33,7 @@ from pyro_vae.networks.convolutional import default_decoder, default_encoder
 from pyro_vae.networks.mlp import MLP
 from pyro_vae.pair.pair import Pair
 
-__all__ = ["LadderVAE"]
+__all__ = ["LadderVAE", "merged"]
 
 
 class LadderVAE(Pair):
@@ -44,18 +43,18 @@ class LadderVAE(Pair):
 
     Args:
         x_shape: shape of one datum, (C, H, W) or (D,).
-        sizes: of z_1, …, z_L.
-        likelihood: the head of p(x | z_1); Bernoulli by default.
+        sizes: sizes of z_1, …, z_L.
+        likelihood: head of p(x | z_1); Bernoulli by default.
         hidden: width of d_l and of the networks beside it, for each layer; by default 256, 128, … down to 32.
-        bottom_up: networks of the user's own f_1, …, f_L, with d_l of width ``hidden[l]``.
-        top_down: networks of the user's own for p(z_l | z_{l+1}), l = 1, …, L − 1, with 2 ``sizes[l]`` outputs.
-        decoder: network of the user's own for p(x | z_1).
-        batch_norm: whether hidden layers of the default networks between layers are batch normalised (see
-            :class:`~pyro_vae.networks.MLP`; the reference normalises all networks). Under a warm-up fewer upper layers
-            then fall idle; ``collapse_report`` says which do.
+        bottom_up: networks f_1, …, f_L to use in place of the default ones, with ``hidden[l]`` outputs.
+        top_down: networks of p(z_l | z_{l+1}), l < L, to use in place of the default ones, with 2 ``sizes[l]`` outputs.
+        decoder: network of p(x | z_1) to use in place of the default one.
+        batch_norm: normalise hidden layers of the default networks between layers by batches (see
+            :class:`~pyro_vae.networks.MLP`; the reference normalises all networks). With a warm-up, fewer upper layers
+            become inactive; ``collapse_report`` names them.
 
     Raises:
-        ValueError: for no layers, a size or width below 1, and networks that are not one for each layer.
+        ValueError: for no layers, for a size or width below 1, and for a number of networks other than of layers.
 
     >>> import torch, pyro_vae as pv
     >>> pair = LadderVAE((1, 8, 8), (8, 4, 2))
@@ -115,7 +114,13 @@ class LadderVAE(Pair):
 
 
 def merged(first: Any, second: Any) -> dist.Distribution:
-    """Return the normalised product of two diagonal Gaussians over vectors: precisions add, means are weighed by them.
+    """Return the normalised product of the densities of two diagonal Gaussians.
+
+    N(m, s²) N(μ, σ²) ∝ N(v (m / s² + μ / σ²), v),   1 / v = 1 / s² + 1 / σ²
+
+    Args:
+        first: batch (…), event (L,).
+        second: batch (…), event (L,).
 
     >>> import torch
     >>> one, other = (dist.Normal(mean, 1.0).to_event(1) for mean in torch.tensor([[0.0], [2.0]]))

@@ -1,12 +1,12 @@
-"""Linear-Gaussian pairs with the exact posterior as guide: every log-weight is log p(x), for every draw.
+"""Linear Gaussian pairs. The guide is the exact posterior: every log-weight of every draw is log p(x).
 
     LinearGaussianVAE          z ~ N(0, I),  x ~ N(W z + b, γ² I)                       probabilistic PCA
     LinearGaussianMixtureVAE   c ~ w,  z ~ N(μ_c, diag σ_c²),  x ~ N(W z + b, γ² I)
     LinearTwoStageVAE          c ~ w,  u ~ N(μ_c, diag σ_c²),  y ~ N(W_y u + b_y, γ₂² I),
                                z ~ N(B y + C u + c₀, diag s²),  x ~ N(W_x z + V y + b_x, γ₁² I),  y = d(x)
 
-They are the oracle for everything that estimates a likelihood. The mixtures carry their component as a site, since
-their exact posterior is a mixture of full-covariance Gaussians, outside any one Gaussian guide.
+Use them as the oracle of a likelihood estimator. In the mixtures the component is a site. Their exact posterior is a
+mixture of full-covariance Gaussians, which no single Gaussian can match.
 
 Reference: Tipping and Bishop (1999), Probabilistic principal component analysis, JRSS B 61.
 """
@@ -29,7 +29,7 @@ __all__ = ["LatentMoments", "LinearGaussianVAE"]
 
 
 class LatentMoments(NamedTuple):
-    """What a posterior over z comes down to here: ``mean`` (B, L) and ``covariance`` (B, L, L)."""
+    """Hold the moments of a Gaussian posterior over z: ``mean`` (B, L) and ``covariance`` (B, L, L)."""
 
     mean: Tensor
     covariance: Tensor
@@ -41,7 +41,7 @@ class LinearGaussianVAE(Pair):
     Args:
         x_size: D.
         latent_size: L.
-        scale: γ at the start.
+        scale: initial γ.
 
     >>> import pyro_vae as pv
     >>> pair, x = LinearGaussianVAE(5, 2), torch.randn(3, 5)
@@ -76,7 +76,7 @@ class LinearGaussianVAE(Pair):
         return linear_gaussian_posterior(x, self.weight, self.bias, self.scale())
 
     def e_step(self, x: Tensor) -> LatentMoments:
-        """Return the posterior's moments: a Gaussian is no more than these."""
+        """Return the moments of p(z | x); they determine this Gaussian."""
         posterior = self.exact_posterior(x)
         return LatentMoments(posterior.mean, posterior.covariance_matrix)
 
@@ -86,13 +86,17 @@ class LinearGaussianVAE(Pair):
         error = ((x - self.bias - q.mean @ self.weight.mT) ** 2).sum(-1)
         error = error + torch.einsum("blm,dl,dm->b", q.covariance, self.weight, self.weight)
         log_lik = -0.5 * (error / variance + x.shape[-1] * torch.log(2 * math.pi * variance))
-        # E_q log N(z; 0, I) and the entropy of q: the constants that they share cancel but for L / 2.
+        # KL(q ‖ N(0, I)).
         divergence = 0.5 * (second.diagonal(dim1=-2, dim2=-1).sum(-1) - q.mean.shape[-1] - torch.logdet(q.covariance))
         return log_lik - divergence
 
     @torch.no_grad()
     def m_step(self, x: Tensor, q: LatentMoments) -> None:
-        """Set W, b and γ to the regression of x on z under these moments (Rubin and Thayer, 1982, Psychometrika 47)."""
+        """Set W, b and γ to the regression of x on z under these moments.
+
+        Reference:
+            Rubin and Thayer (1982), EM algorithms for ML factor analysis, Psychometrika 47.
+        """
         # b is the coefficient of a constant latent.
         one = torch.ones_like(q.mean[..., :1])
         mean = torch.cat([q.mean, one], -1)

@@ -1,4 +1,9 @@
-"""A linear Gaussian model under a mixture prior, with its exact posterior."""
+"""A linear Gaussian model with a mixture prior and its exact posterior.
+
+    c ~ w,   z ~ N(μ_c, diag σ_c²),   x ~ N(W z + b, γ² I)          q(c, z | x) = p(c | x) p(z | x, c)
+
+Every log-weight is log p(x): use it as the oracle of a likelihood estimator.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +17,7 @@ from pyro_vae.conditionals.scales import LearnedScale
 from pyro_vae.distributions.linear_gaussian import condition_gaussian, mixture_log_likelihood
 from pyro_vae.pair.pair import Pair
 
-__all__ = ["LinearGaussianMixtureVAE", "component"]
+__all__ = ["LinearGaussianMixtureVAE", "given_component"]
 
 
 class LinearGaussianMixtureVAE(Pair):
@@ -20,8 +25,14 @@ class LinearGaussianMixtureVAE(Pair):
 
     Args:
         x_size: D.
-        prior: the mixture; it knows L.
-        scale: γ at the start.
+        prior: mixture over L entries.
+        scale: initial γ.
+
+    >>> import pyro_vae as pv
+    >>> pair, x = LinearGaussianMixtureVAE(5, pv.MixtureOfGaussians(3, 2)), torch.randn(4, 5)
+    >>> weights = pv.log_terms(pair, x, num_particles=2).log_weights
+    >>> bool(torch.allclose(weights, pair.exact_log_likelihood(x), rtol=1e-4))
+    True
     """
 
     def __init__(self, x_size: int, prior: MixtureOfGaussians, scale: float = 0.5) -> None:
@@ -35,7 +46,7 @@ class LinearGaussianMixtureVAE(Pair):
     def model(self, x: Tensor) -> None:
         with pyro.plate("data", len(x)):
             c = pyro.sample("c", dist.Categorical(logits=self.prior.logits))
-            z = pyro.sample("z", component(self.prior, c))
+            z = pyro.sample("z", given_component(self.prior, c))
             pyro.sample("x", dist.Normal(z @ self.weight.mT + self.bias, self.scale()).to_event(1), obs=x)
 
     def guide(self, x: Tensor) -> None:
@@ -57,5 +68,6 @@ class LinearGaussianMixtureVAE(Pair):
         return mixture_log_likelihood(self.prior.logits, self.exact_components(x)[0])
 
 
-def component(prior: MixtureOfGaussians, c: Tensor) -> dist.Distribution:
+def given_component(prior: MixtureOfGaussians, c: Tensor) -> dist.Distribution:
+    """Return N(μ_c, diag σ_c²), batch of ``c``, event (L,)."""
     return dist.Normal(prior.means[c], prior.log_scales.exp()[c]).to_event(1)

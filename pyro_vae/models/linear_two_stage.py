@@ -1,4 +1,11 @@
-"""A linear Gaussian two-stage model, with its exact posterior."""
+"""A linear Gaussian two-stage model with its exact posterior.
+
+    c ~ w,   u ~ N(μ_c, diag σ_c²),   y ~ N(W_y u + b_y, γ₂² I)
+    z ~ N(B y + C u + c₀, diag s²),   x ~ N(W_x z + V y + b_x, γ₁² I)
+    q(c, u, y, z | x) = δ(y − d(x)) p(c, u, z | x, y)
+
+Every log-weight is log p(x, y = d(x)): use it as the oracle of a likelihood estimator.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +17,7 @@ from torch import Tensor, nn
 from pyro_vae.conditionals.priors import MixtureOfGaussians
 from pyro_vae.conditionals.scales import LearnedScale
 from pyro_vae.distributions.linear_gaussian import condition_gaussian, mixture_log_likelihood
-from pyro_vae.models.linear_gaussian_mixture import component
+from pyro_vae.models.linear_gaussian_mixture import given_component
 from pyro_vae.pair.pair import Pair
 
 __all__ = ["LinearTwoStageVAE"]
@@ -19,17 +26,23 @@ __all__ = ["LinearTwoStageVAE"]
 class LinearTwoStageVAE(Pair):
     """Pair the affine two-stage model and a mixture prior with the exact posterior over (c, u, z).
 
-    y = d(x) averages blocks of ``factor`` entries, with a point mass in the guide: log-weights are log p(x, y = d(x)).
+    y = d(x) averages blocks of ``factor`` entries. It is a point mass in the guide: log-weights are log p(x, y = d(x)).
 
     Args:
         x_size: size of x, a multiple of ``factor``.
         factor: entries of x per entry of y.
-        prior: the mixture on u.
+        prior: mixture p(u).
         z_size: size of z.
-        x_scale, y_scale, z_scale: γ₁, γ₂ and s at the start.
+        x_scale, y_scale, z_scale: initial γ₁, γ₂ and s.
 
     Raises:
-        ValueError: when ``factor`` does not divide ``x_size``.
+        ValueError: for an ``x_size`` that is no multiple of ``factor``.
+
+    >>> import pyro_vae as pv
+    >>> pair, x = LinearTwoStageVAE(6, 2, pv.MixtureOfGaussians(3, 2), z_size=2), torch.randn(4, 6)
+    >>> weights = pv.log_terms(pair, x, num_particles=2).log_weights
+    >>> bool(torch.allclose(weights, pair.exact_log_likelihood(x), rtol=1e-3))
+    True
     """
 
     def __init__(
@@ -62,7 +75,7 @@ class LinearTwoStageVAE(Pair):
     def model(self, x: Tensor) -> None:
         with pyro.plate("data", len(x)):
             c = pyro.sample("c", dist.Categorical(logits=self.prior.logits))
-            u = pyro.sample("u", component(self.prior, c))
+            u = pyro.sample("u", given_component(self.prior, c))
             y = pyro.sample("y", dist.Normal(self.y_of_u(u), self.y_scale()).to_event(1))
             z = pyro.sample("z", dist.Normal(self.z_of_y(y) + self.z_of_u(u), self.z_scale()).to_event(1))
             pyro.sample("x", dist.Normal(self.x_of_z(z) + self.x_of_y(y), self.x_scale()).to_event(1), obs=x)
@@ -74,7 +87,7 @@ class LinearTwoStageVAE(Pair):
             c = pyro.sample("c", dist.Categorical(logits=self.prior.logits.log_softmax(-1) + log_marginals))
             rows = torch.arange(len(x), device=x.device)
             mean, factor = posteriors.loc[rows, c], posteriors.scale_tril[rows, c]
-            # (u, z) = mean + factor ε with a lower-triangular factor: its blocks are u's marginal and z given u.
+            # (u, z) = mean + factor ε. The factor is lower triangular: its blocks give u, and z given u.
             u_factor, z_factor, mixed = factor[..., :size, :size], factor[..., size:, size:], factor[..., size:, :size]
             u = pyro.sample("u", dist.MultivariateNormal(mean[..., :size], scale_tril=u_factor))
             pyro.sample("y", dist.Delta(self.down_scale(x), event_dim=1))
@@ -87,7 +100,7 @@ class LinearTwoStageVAE(Pair):
         y = self.down_scale(x).unsqueeze(-2)
         means, scales = self.prior.means, self.prior.log_scales.exp()
         mean = torch.cat([means.expand(len(x), -1, -1), self.z_of_y(y) + self.z_of_u(means)], -1)
-        # (u, z) given y is the factor below times N(0, I): u = diag(σ) ε_u, z = C diag(σ) ε_u + diag(s) ε_z.
+        # (u, z) given y is mean + factor ε: u = μ + diag(σ) ε_u, z = B y + C u + c₀ + diag(s) ε_z.
         u_factor = torch.diag_embed(scales)
         top = torch.cat([u_factor, scales.new_zeros(*scales.shape, len(self.z_scale()))], -1)
         z_scale = torch.diag_embed(self.z_scale()).expand(len(scales), -1, -1)

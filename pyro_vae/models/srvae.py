@@ -5,12 +5,13 @@
 
     −ELBO = E[−log p(x | y, z)] + E[−log p(y | u)] + KL(q(u | y) ‖ p(u)) + E KL(q(z | x) ‖ p(z | y, u)) − H[q(y | x)]
 
-y is a down-scaled x. Three readings of q(y | x), which decide what the bound is a bound on (``docs/mathematics.md``):
+y is a down-scaled x. Choose one of three readings of q(y | x); the quantity under the bound depends on it
+(``docs/mathematics.md``):
 
-* ``delta``: a point mass on d(x), y continuous. The bound is on the joint log p(x, y = d(x)), the documents' choice.
-* ``gaussian``: N(d(x), s² I), y a latent. The bound is on log p(x).
-* ``discretised``: a point mass on d(x) rounded to the data's levels, p(y | u) a probability mass. The bound is on
-  log p(x), since p(x) = Σ_y p(x, y) ≥ p(x, d(x)).
+* ``delta``: a point mass on d(x), with a continuous y. A bound on the joint log p(x, y = d(x)), as in the reference.
+* ``gaussian``: N(d(x), s² I), with a latent y. A bound on log p(x).
+* ``discretised``: a point mass on d(x) rounded to gray levels, with a probability mass p(y | u). A bound on log p(x):
+  p(x) = Σ_y p(x, y) ≥ p(x, d(x)).
 
 Reference: Gatopoulos, Stol and Tomczak (2020), Super-resolution variational auto-encoders, arXiv:2006.05218.
 """
@@ -43,10 +44,13 @@ Transition = Literal["delta", "gaussian", "discretised"]
 
 
 class SRVAELoss(NamedTuple):
-    """Each site's share of −ELBO, (B,), in nats.
+    """Hold −ELBO by site, (B,), in nats.
 
-    ``x``: E[−log p(x | y, z)]; ``y``: E[−log p(y | u)] − H[q(y | x)], the entropy counted in reading ``gaussian``
-    only; ``u``: KL(q(u | y) ‖ p(u)); ``z``: E KL(q(z | x) ‖ p(z | y, u)).
+    Attributes:
+        x: E[−log p(x | y, z)].
+        y: E[−log p(y | u)] − H[q(y | x)]; the entropy is that of the reading ``gaussian``, else 0.
+        u: KL(q(u | y) ‖ p(u)).
+        z: E KL(q(z | x) ‖ p(z | y, u)).
     """
 
     x: Tensor
@@ -56,12 +60,12 @@ class SRVAELoss(NamedTuple):
 
     @property
     def total(self) -> Tensor:
-        """−ELBO per datum, (B,)."""
+        """Return −ELBO, (B,), in nats."""
         return self.x + self.y + self.u + self.z
 
 
 class AveragePool(nn.Module):
-    """d(x): the mean over blocks of scale × scale pixels, rounded to ``levels`` gray levels where given."""
+    """Compute d(x), the means of blocks of scale × scale pixels, rounded to ``levels`` gray levels if given."""
 
     def __init__(self, scale: int, levels: int | None = None) -> None:
         super().__init__()
@@ -77,21 +81,21 @@ class SRVAE(Pair):
 
     Args:
         x_shape: (C, H, W).
-        scale: whole factor by which y is smaller than x.
+        scale: ratio of the height of x to that of y, a whole number.
         prior: p(u), :class:`~pyro_vae.StandardNormal` or :class:`~pyro_vae.MixtureOfGaussians`.
-        transition: the reading of q(y | x), see the module.
-        likelihood: the head of p(x | y, z); Gaussian with one learned γ₁ by default.
-        y_likelihood: the head of p(y | u); Gaussian with one learned γ₂ by default, discretised logistic on ``levels``
-            in reading ``discretised``.
-        levels: the data's number of gray levels, needed by reading ``discretised``.
-        transition_scale: s of reading ``gaussian``, learned from 0.05 by default, or fixed.
-        z_size: size of z, by default that of u.
-        networks: modules of the user's own by conditional: ``q_u``, ``q_z``, ``p_y``, ``p_z``, ``p_x``. ``p_z`` and
-            ``p_x`` are called with (y, u) and (y, z).
+        transition: reading of q(y | x), see above.
+        likelihood: head of p(x | y, z); Gaussian with one learned γ₁ by default.
+        y_likelihood: head of p(y | u); Gaussian with one learned γ₂ by default, discretised logistic on ``levels`` in
+            the reading ``discretised``.
+        levels: number of gray levels of the data; the reading ``discretised`` needs it.
+        transition_scale: s of the reading ``gaussian``; learned from 0.05 by default.
+        z_size: size of z; by default that of u.
+        networks: networks to use in place of the default ones, by conditional: ``q_u``, ``q_z``, ``p_y``, ``p_z``,
+            ``p_x``. Call signatures: ``p_z(y, u)``, ``p_x(y, z)``.
 
     Raises:
-        ValueError: for an image size that the scale does not divide, an unknown transition or network name, missing
-            levels.
+        ValueError: for an image size that is no multiple of the scale, for an unknown transition or network name, and
+            for missing levels.
 
     >>> import torch, pyro_vae as pv
     >>> pair = SRVAE((1, 8, 8), scale=2, prior=pv.MixtureOfGaussians(10, 16), transition="delta")
@@ -127,7 +131,7 @@ class SRVAE(Pair):
         p_y = y_likelihood or (DiscretisedLogistic(on_levels) if on_levels else Gaussian())
         self.down_scale = AveragePool(scale, on_levels)
         if transition == "gaussian":
-            # Half a gray level of 256 would be invisible; a tenth of the range would blur y away: start in between.
+            # Between half a gray level of 256, which is invisible, and a tenth of the range, which blurs y.
             self.s = transition_scale or LearnedScale(initial=0.05)
         self._build(p_x, p_y, z_size, dict(networks or {}))
 
@@ -160,24 +164,24 @@ class SRVAE(Pair):
                 y = pyro.sample("y", q_y)
                 pyro.sample("u", self.q_u(y))
             else:
-                # y is known before it is drawn: the model's own order then suits TraceMeanField_ELBO, and the encoder
-                # of u sees B data rather than K × B.
+                # y is a point mass, known before u: TraceMeanField_ELBO needs the model's order, and the encoder of u
+                # runs on B data instead of K × B.
                 pyro.sample("u", self.q_u(q_y.v))
                 pyro.sample("y", q_y)
             pyro.sample("z", self.q_z(x))
 
     def q_y(self, x: Tensor) -> dist.Distribution:
-        """Return q(y | x) in the pair's reading."""
+        """Return q(y | x) of the chosen reading."""
         y = self.down_scale(x)
         return dist.Normal(y, self.s()).to_event(3) if self.transition == "gaussian" else dist.Delta(y, event_dim=3)
 
     def low_resolution_guide(self, y: Tensor) -> None:
-        """Sample the latents that a low-resolution image determines: q(u | y). Super-resolution starts here."""
+        """Sample u from q(u | y), for super-resolution of a low-resolution image ``y``."""
         with pyro.plate("data", len(y)):
             pyro.sample("u", self.q_u(y))
 
     def closed_form(self, x: Tensor, *, num_particles: int, mixture_kl: MixtureKL) -> SRVAELoss:
-        """Return the documents' loss: see :func:`pyro_vae.analytic_loss`."""
+        """Return −ELBO term by term with closed-form KLs; see :func:`pyro_vae.analytic_loss`."""
         q_y = self.q_y(x)
         entropy = torch.zeros((), dtype=x.dtype, device=x.device)
         if self.transition == "gaussian":
@@ -186,7 +190,7 @@ class SRVAE(Pair):
         else:
             y = q_y.v
         q_u = self.q_u(y)
-        # One y in all gives q(u | y) a batch (B,); K draws of y give (K, B), one u for each.
+        # A point mass y gives q(u | y) a batch (B,), with K draws of u; K draws of y give (K, B), with one u each.
         u = q_u.rsample() if self.transition == "gaussian" else q_u.rsample((num_particles,))
         q_z = self.q_z(x)
         z = q_z.rsample((num_particles,))

@@ -28,14 +28,14 @@ __all__ = ["VAE", "VAELoss"]
 
 
 class VAELoss(NamedTuple):
-    """Each site's share of −ELBO, (B,), in nats: E_q[−log p(x | z)] and KL(q(z | x) ‖ p(z))."""
+    """Hold −ELBO by site, (B,), in nats: ``x`` is E_q[−log p(x | z)], ``z`` is KL(q(z | x) ‖ p(z))."""
 
     x: Tensor
     z: Tensor
 
     @property
     def total(self) -> Tensor:
-        """−ELBO per datum, (B,)."""
+        """Return −ELBO, (B,), in nats."""
         return self.x + self.z
 
 
@@ -44,11 +44,14 @@ class VAE(Pair):
 
     Args:
         x_shape: shape of one datum, (C, H, W) or (D,).
-        prior: p(z), :class:`~pyro_vae.StandardNormal` or :class:`~pyro_vae.MixtureOfGaussians`; it knows L.
-        likelihood: the head of p(x | z); Gaussian with one learned γ by default.
-        posterior: the head of q(z | x), diagonal by default, or a whole conditional module that maps (x, …) to a
-            distribution, such as :class:`~pyro_vae.FreeGaussian`.
-        encoder, decoder: networks of the user's own; by default MLPs, from 16 × 16 pixels up strided conv nets.
+        prior: p(z) over L entries, :class:`~pyro_vae.StandardNormal` or :class:`~pyro_vae.MixtureOfGaussians`.
+        likelihood: head of p(x | z); Gaussian with one learned γ by default.
+        posterior: head of q(z | x), diagonal by default; or a module that maps (x, …) to a distribution, e.g.
+            :class:`~pyro_vae.FreeGaussian`.
+        encoder, decoder: networks to use in place of the default ones: MLPs, or strided conv nets from 16 × 16 pixels.
+
+    Raises:
+        ValueError: for an encoder beside a posterior that needs none.
 
     >>> import torch, pyro_vae as pv
     >>> pair = VAE((1, 8, 8), pv.StandardNormal(4), pv.Bernoulli())
@@ -67,10 +70,15 @@ class VAE(Pair):
         decoder: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.x_shape = tuple(x_shape)
-        self.prior = prior
-        self.p_x = _likelihood(self.x_shape, [(prior.size,)], likelihood or Gaussian(), decoder)
-        self.q_z = _posterior(self.x_shape, prior.size, posterior or DiagonalGaussian(), encoder)
+        self.x_shape, self.prior = tuple(x_shape), prior
+        x, z = self.x_shape, (prior.size,)
+        p_x, q_z = likelihood or Gaussian(), posterior or DiagonalGaussian()
+        self.p_x = Conditional(decoder or default_decoder([z], x, p_x.num_outputs(x)), p_x, x)
+        if isinstance(q_z, Head):
+            q_z = Conditional(encoder or default_encoder(x, q_z.num_outputs(z)), q_z, z)
+        elif encoder is not None:
+            raise ValueError("encoder is given, but posterior is a whole conditional and has no use for it")
+        self.q_z = q_z
 
     def model(self, x: Tensor, *conditions: Tensor) -> None:
         with pyro.plate("data", len(x)):
@@ -82,21 +90,7 @@ class VAE(Pair):
             pyro.sample("z", self.q_z(x, *conditions))
 
     def closed_form(self, x: Tensor, *conditions: Tensor, num_particles: int, mixture_kl: MixtureKL) -> VAELoss:
-        """Return the documents' loss: see :func:`pyro_vae.analytic_loss`."""
+        """Return −ELBO term by term with a closed-form KL; see :func:`pyro_vae.analytic_loss`."""
         q_z = self.q_z(x, *conditions)
         z = q_z.rsample((num_particles,))
         return VAELoss(reconstruction(self.p_x(z), x).mean(0), kl_to_prior(q_z, self.prior(), mixture_kl))
-
-
-def _likelihood(
-    shape: tuple[int, ...], inputs: list[tuple[int, ...]], head: Head, network: nn.Module | None
-) -> Conditional:
-    return Conditional(network or default_decoder(inputs, shape, head.num_outputs(shape)), head, shape)
-
-
-def _posterior(shape: tuple[int, ...], size: int, posterior: nn.Module, network: nn.Module | None) -> nn.Module:
-    if not isinstance(posterior, Head):
-        if network is not None:
-            raise ValueError("encoder is given, but posterior is a whole conditional and has no use for it")
-        return posterior
-    return Conditional(network or default_encoder(shape, posterior.num_outputs((size,))), posterior, (size,))

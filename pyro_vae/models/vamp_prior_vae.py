@@ -1,13 +1,12 @@
-"""The VAE whose prior is the guide's own posterior at learned pseudo-inputs.
+"""The VAE with a VampPrior: a mixture of the guide's posteriors at learned pseudo-inputs.
 
     p(x, z) = p(z) p(x | z)          p(z) = (1/C) Σ_c q(z | x = v_c)          q(z | x)
 
-The prior that is best for a fixed guide is the aggregate posterior, q(z | x) averaged over the data; the pseudo-inputs
-v_1 … v_C, trained with the rest, are a small sample of data that stands for all of them. The encoder is shared by model
-and guide, so that its gradient comes from both.
+The best prior for a fixed guide is the aggregate posterior, q(z | x) averaged over the data. The VampPrior approximates
+it by C learned pseudo-inputs v_1 … v_C. Model and guide share the encoder: its gradient comes from both.
 
-Reference: Tomczak and Welling (2018), VAE with a VampPrior, AISTATS. They keep pseudo-inputs in [0, 1] by a hard tanh;
-here they are free, since a hard bound has no gradient outside.
+Reference: Tomczak and Welling (2018), VAE with a VampPrior, AISTATS. They limit pseudo-inputs to [0, 1] by a hard tanh;
+here pseudo-inputs are free, since a hard limit has no gradient outside [0, 1].
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from pyro_vae.pair.pair import Pair
 
 __all__ = ["VampPriorVAE", "starting_pseudo_inputs"]
 
-# Pseudo-inputs that begin as one and the same datum would have one gradient, and stay the same.
+# Two pseudo-inputs that start at one datum would have equal gradients, and never part.
 JITTER = 0.01
 
 
@@ -37,15 +36,15 @@ class VampPriorVAE(Pair):
     """Pair p(z) p(x | z) with q(z | x), where p(z) = (1/C) Σ_c q(z | v_c).
 
     Args:
-        pseudo_inputs: where v_1 … v_C start, (C, *x_shape): training data, say. They fix the shape of x.
+        pseudo_inputs: initial v_1 … v_C, (C, *x_shape), e.g. training data. They set the shape of x.
         latent: L.
-        likelihood: the head of p(x | z); Bernoulli by default.
-        encoder, decoder: networks of the user's own; by default gated MLPs with two layers of 300.
+        likelihood: head of p(x | z); Bernoulli by default.
+        encoder, decoder: networks to use in place of the default ones, gated MLPs with two layers of 300.
 
-    The mixture's log-density at K draws for B data takes C · K · B · L numbers; ``log_likelihood`` counts them.
+    The mixture's log-density at K draws for B data needs C · K · B · L numbers; ``log_likelihood`` counts them.
 
     Raises:
-        ValueError: for no pseudo-inputs, or some that are NaN or infinite, and for L < 1.
+        ValueError: for no pseudo-inputs, for NaN or infinite ones, and for L < 1.
 
     >>> import torch, pyro_vae as pv
     >>> pair = VampPriorVAE(torch.rand(10, 1, 8, 8), latent=4)
@@ -81,7 +80,7 @@ class VampPriorVAE(Pair):
         self.q_z = Conditional(encoder, q_head, (latent,))
 
     def prior(self) -> GaussianMixture:
-        """Return p(z), event (L,): the guide's posteriors at the pseudo-inputs, in equal parts."""
+        """Return p(z), event (L,), the mixture of the guide's posteriors at the pseudo-inputs, with equal weights."""
         weights = self.pseudo_inputs.new_zeros(len(self.pseudo_inputs))
         return GaussianMixture(dist.Categorical(logits=weights), self.q_z(self.pseudo_inputs))
 
@@ -95,14 +94,21 @@ class VampPriorVAE(Pair):
             pyro.sample("z", self.q_z(x))
 
     def closed_form(self, x: Tensor, *, num_particles: int, mixture_kl: MixtureKL) -> VAELoss:
-        """Return the documents' loss: see :func:`pyro_vae.analytic_loss`."""
+        """Return −ELBO term by term with a closed-form KL; see :func:`pyro_vae.analytic_loss`."""
         q_z = self.q_z(x)
         z = q_z.rsample((num_particles,))
         return VAELoss(reconstruction(self.p_x(z), x).mean(0), kl_to_prior(q_z, self.prior(), mixture_kl))
 
 
 def starting_pseudo_inputs(train: Tensor, count: int) -> Tensor:
-    """Return ``count`` training data drawn at random, each moved a little, so that no two are the same.
+    """Draw training data at random, with replacement, and add a little noise: no two are equal.
+
+    Args:
+        train: training data, (N, *x_shape).
+        count: C, number of pseudo-inputs.
+
+    Returns:
+        (C, *x_shape).
 
     Raises:
         ValueError: for a count below 1.

@@ -2,9 +2,9 @@
 
     z_i ~ N(0, I),   A_ij ~ Bernoulli(σ(z_iᵀ z_j)), i < j          q(z | A, X) = Π_i N(z_i; μ_i(A, X), diag σ_i²(A, X))
 
-A whole graph is one datum: every link shares its nodes' latents with others, so that no likelihood belongs to a node or
-an edge alone. The only plate is that of the graphs, and all nodes' latents are one event of it, (N, L); a batch of B
-holds B graphs on the same N nodes, and mostly B = 1.
+A whole graph is one datum: links share the latents of their nodes, and no likelihood belongs to one node or one edge.
+The only plate is over graphs. The latents of all nodes are one event, (N, L). A batch holds B graphs on the same N
+nodes, usually B = 1.
 
 Reference: Kipf and Welling (2016), Variational graph auto-encoders, Bayesian deep learning workshop.
 """
@@ -30,18 +30,18 @@ __all__ = ["VGAE"]
 class VGAE(Pair):
     """Pair p(z) p(A | z) with q(z | A, X), two graph convolutions.
 
-    Train on ``graph.adjacency().unsqueeze(0)``, one datum, with ``loss=BalancedGraphLoss()`` where links are few.
-    Latents are (K, B, N, L).
+    Train on ``graph.adjacency().unsqueeze(0)``, one datum. Use ``loss=BalancedGraphLoss()`` for a sparse graph. Latents
+    are (K, B, N, L).
 
     Args:
         num_nodes: N.
-        prior: p(z_i); it knows L.
-        features: X, (N, F), or None for a graph that is all there is to know.
+        prior: p(z_i) over L entries.
+        features: X, (N, F), or None.
         hidden: width of the encoder's first convolution.
-        encoder: a network of the user's own, from (B, N, N) to (B, N, 2 L).
+        encoder: network from (B, N, N) to (B, N, 2 L) to use in place of the default one.
 
     Raises:
-        ValueError: for fewer than two nodes, and for features of another number of nodes or not finite.
+        ValueError: for fewer than two nodes, and for infinite features or features of another number of nodes.
 
     >>> import torch, pyro_vae as pv
     >>> pair = VGAE(4, pv.StandardNormal(2))
@@ -69,7 +69,7 @@ class VGAE(Pair):
         if features is not None and not torch.isfinite(features).all():
             raise ValueError("features has NaN or infinite values")
         self.num_nodes, self.x_shape, self.prior = num_nodes, (num_nodes, num_nodes), prior
-        # Of A, half of the entries off the diagonal; bits per dimension are shared out among these.
+        # Bits per dimension count the entries of A above its diagonal.
         self.num_dimensions = num_nodes * (num_nodes - 1) // 2
         head = DiagonalGaussian()
         network = encoder or GraphConvolutions(num_nodes, head.num_outputs((prior.size,)), hidden, features)
@@ -86,7 +86,7 @@ class VGAE(Pair):
 
     @torch.no_grad()
     def link_probability(self, x: Tensor, pairs: Tensor) -> Tensor:
-        """Return σ(μ_iᵀ μ_j) at the guide's means, the published score of a link.
+        """Return σ(μ_iᵀ μ_j) at the guide's means, the score of a link in the reference.
 
         Args:
             x: one graph, (1, N, N).

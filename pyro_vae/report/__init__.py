@@ -1,1 +1,1 @@
-"""Figures and reports of a run."""
+"""The report of a run: figures, tables and ``report.md``."""

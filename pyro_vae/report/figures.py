@@ -1,4 +1,4 @@
-"""The figures of a run folder, each a function of the pair, its data and its metrics."""
+"""Figures of a run; each is a function of the pair, its data set and its metrics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from matplotlib.ticker import LogFormatter
 from torch import Tensor
 
 from pyro_vae.conditionals.priors import MixtureOfGaussians
-from pyro_vae.data import DataSet
+from pyro_vae.data import AnyDataSet, DataSet
 from pyro_vae.diagnostics.collapse import CollapseReport, noise_modules
 from pyro_vae.pair.pair import Pair
 from pyro_vae.predict.generate import generate
@@ -27,11 +27,17 @@ __all__ = ["FIGURES", "Figure", "collapse", "image_grid", "save_figure", "scatte
 
 Figure = matplotlib.figure.Figure
 COLOURS: Any = matplotlib.colormaps["tab10"]
-Draw = Callable[[Pair, DataSet, list[dict[str, Any]]], Figure | None]
+Draw = Callable[[Pair, AnyDataSet, list[dict[str, Any]]], Figure | None]
 
 
 def image_grid(rows: list[Tensor], labels: list[str], title: str, columns: list[str] | None = None) -> Figure:
-    """Draw rows of images, each (N, C, H, W) with values in [0, 1], with a label beside each row.
+    """Draw rows of images.
+
+    Args:
+        rows: images of each row, (N, C, H, W), with values in [0, 1].
+        labels: label of each row.
+        title: title of the figure.
+        columns: title of each column, or None.
 
     >>> image_grid([torch.rand(3, 1, 4, 4)], ["x"], "noise").get_suptitle()
     'noise'
@@ -58,12 +64,12 @@ def image_grid(rows: list[Tensor], labels: list[str], title: str, columns: list[
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure whole or not at all."""
+    """Write a figure as PNG, whole or not at all."""
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
 
 
-def loss(pair: Pair, data: DataSet, metrics: list[dict[str, Any]]) -> Figure | None:
-    """Draw the loss, −ELBO of validation data and its terms over epochs."""
+def loss(pair: Pair, data: AnyDataSet, metrics: list[dict[str, Any]]) -> Figure | None:
+    """Draw the training loss, the validation −ELBO and its terms by epoch."""
     if not metrics:
         return None
     epochs = [record["epoch"] for record in metrics]
@@ -83,12 +89,12 @@ def loss(pair: Pair, data: DataSet, metrics: list[dict[str, Any]]) -> Figure | N
     return figure
 
 
-def scales(pair: Pair, data: DataSet, metrics: list[dict[str, Any]]) -> Figure | None:
-    """Draw γ over epochs, and for the noise of data sites the β it amounts to; None for a pair without a scale."""
+def scales(pair: Pair, data: AnyDataSet, metrics: list[dict[str, Any]]) -> Figure | None:
+    """Draw γ by epoch, and the equivalent β of each data site; None for a pair without learned scales."""
     if not metrics or not metrics[-1]["monitor"]:
         return None
     epochs = [record["epoch"] for record in metrics]
-    # Where the loss weighs divergences in another way than by fit's β, noise amounts to no β.
+    # Without fit's β, e.g. for an objective with a weight of the KL, γ has no equivalent β.
     noise = {} if metrics[-1]["beta"] is None else noise_modules(pair, data.test[:2])
     figure = Figure(figsize=(8.4 if noise else 4.4, 3.4), layout="constrained")
     axes = figure.subplots(1, 2 if noise else 1, squeeze=False)[0]
@@ -101,7 +107,7 @@ def scales(pair: Pair, data: DataSet, metrics: list[dict[str, Any]]) -> Figure |
         axes[1].axhline(1.0, linestyle="--", color="gray", linewidth=1, label="the ELBO at γ = 1")
         axes[1].set_ylabel("β of unit noise: training's β × γ²")
     for ax in axes:
-        # Training's β is 0 where a warm-up begins, which a logarithm would not show.
+        # β is 0 at the start of a warm-up, and its logarithm does not exist.
         ax.set_yscale("log", nonpositive="mask")
         ax.yaxis.set_major_formatter("{x:.3g}")
         ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
@@ -112,9 +118,9 @@ def scales(pair: Pair, data: DataSet, metrics: list[dict[str, Any]]) -> Figure |
     return figure
 
 
-def reconstructions(pair: Pair, data: DataSet, metrics: list[dict[str, Any]]) -> Figure | None:
-    """Draw test data above their reconstructions; None for a graph, which is no picture."""
-    if data.links is not None:
+def reconstructions(pair: Pair, data: AnyDataSet, metrics: list[dict[str, Any]]) -> Figure | None:
+    """Draw test data above their reconstructions; None for a graph."""
+    if not isinstance(data, DataSet):
         return None
     x = data.test[:10]
     return image_grid(
@@ -122,9 +128,9 @@ def reconstructions(pair: Pair, data: DataSet, metrics: list[dict[str, Any]]) ->
     )
 
 
-def samples(pair: Pair, data: DataSet, metrics: list[dict[str, Any]]) -> Figure | None:
-    """Draw means of p(x | …) for latents from the prior, one row per mixture component; None for a graph."""
-    if data.links is not None:
+def samples(pair: Pair, data: AnyDataSet, metrics: list[dict[str, Any]]) -> Figure | None:
+    """Draw means of p(x | …) for latents from the prior, one row per component; None for a graph."""
+    if not isinstance(data, DataSet):
         return None
     prior, site = getattr(pair, "prior", None), "u" if hasattr(pair, "y_shape") else "z"
     if not isinstance(prior, MixtureOfGaussians):
@@ -143,8 +149,8 @@ def samples(pair: Pair, data: DataSet, metrics: list[dict[str, Any]]) -> Figure 
     return image_grid(rows, labels, f"Samples by mixture component, {data.name}")
 
 
-def super_resolution(pair: Pair, data: DataSet, metrics: list[dict[str, Any]]) -> Figure | None:
-    """Draw several x for each y, their mean and pixel-wise spread, and the truth."""
+def super_resolution(pair: Pair, data: AnyDataSet, metrics: list[dict[str, Any]]) -> Figure | None:
+    """Draw several x for each y, their mean and pixel-wise spread, and the true x; None for other models."""
     if not hasattr(pair, "low_resolution_guide"):
         return None
     x = data.test[:5]
@@ -153,7 +159,14 @@ def super_resolution(pair: Pair, data: DataSet, metrics: list[dict[str, Any]]) -
 
 
 def super_resolution_grid(x: Tensor, y: Tensor, result: SuperResolution, name: str) -> Figure:
-    """Draw up to five y, each with five draws of x, their mean and spread, and the truth."""
+    """Draw up to five y, each with five draws of x, their mean and spread, and the true x.
+
+    Args:
+        x: true images, (B, C, H, W).
+        y: low-resolution images, (B, C, h, w).
+        result: draws for each y.
+        name: name of the data set.
+    """
     result = SuperResolution(*(field.cpu() for field in result))
     shown = min(5, len(result.means))
     rows = []
@@ -165,12 +178,21 @@ def super_resolution_grid(x: Tensor, y: Tensor, result: SuperResolution, name: s
     return image_grid(rows, [""] * len(rows), title, columns)
 
 
-def latent_map(pair: Pair, data: DataSet, metrics: list[dict[str, Any]]) -> Figure | None:
-    """Draw the guide's means for test data, or for a graph's nodes, on their two leading principal axes."""
-    x, classes = (data.test[:1000], data.test_labels) if data.links is None else (data.train, data.links.train.labels)
-    latents = posterior(pair, x, num_particles=8, seed=0).latents
-    if data.links is not None:
-        latents = {name: z.squeeze(1) for name, z in latents.items()}
+def latent_map(pair: Pair, data: AnyDataSet, metrics: list[dict[str, Any]]) -> Figure | None:
+    """Draw the guide's means for test data, or for a graph's nodes, on their two leading principal axes.
+
+    Returns:
+        The figure; None for a pair without continuous latent vectors.
+    """
+    if isinstance(data, DataSet):
+        x, classes = data.test[:1000], data.test_labels
+        latents = posterior(pair, x, num_particles=8, seed=0).latents
+    else:
+        classes = data.links.train.labels
+        # (K, 1, N, L): the graph is the only datum, and its nodes take the place of data.
+        latents = {
+            name: z.squeeze(1) for name, z in posterior(pair, data.train, num_particles=8, seed=0).latents.items()
+        }
     continuous = [name for name, z in latents.items() if z.dim() == 3 and z.is_floating_point()]
     if not continuous:
         return None
@@ -188,13 +210,13 @@ def latent_map(pair: Pair, data: DataSet, metrics: list[dict[str, Any]]) -> Figu
 
 
 def scatter_classes(ax: Axes, points: Tensor, classes: Tensor | None, size: float = 8.0) -> None:
-    """Draw points (N, 2) in the colours of their classes, (N,) from 0, with a bar that names them."""
+    """Draw points (N, 2) in the colours of their classes, (N,) from 0, with a colour bar."""
     across, up = points.mT.numpy()
     if classes is None:
         ax.scatter(across, up, s=size)
         return
     count = int(classes.max()) + 1
-    # A colour of its own for each class, as long as there are as many that the eye tells apart.
+    # Distinct colours for few classes; more classes cannot be told apart by colour.
     few = count <= len(COLOURS.colors)
     how: dict[str, Any] = {"cmap": ListedColormap(COLOURS.colors[:count]) if few else "viridis"}
     drawn = ax.scatter(across, up, c=classes.numpy(), s=size, vmin=-0.5, vmax=count - 0.5, **how)
@@ -216,19 +238,20 @@ FIGURES: dict[str, Draw] = {
 
 
 def collapse(report: CollapseReport) -> Figure | None:
-    """Draw each site's KL per unit, or the variance of its posterior mean, and the components in use."""
+    """Draw the KL of each unit, or the variance of its posterior mean, and the use of components by site."""
     panels: list[tuple[str, str, Tensor, Tensor | None]] = []
     for name, site in report.sites.items():
         units = site.mean_variance if site.kl_per_dimension is None else site.kl_per_dimension
-        what = "variance of the posterior mean" if site.kl_per_dimension is None else "KL (nats)"
+        label = "variance of the posterior mean" if site.kl_per_dimension is None else "KL (nats)"
         if units is not None:
-            panels.append((f"unit of {name}", what, units, site.active))
+            panels.append((f"unit of {name}", label, units, site.active))
         if site.usage is not None:
             panels.append((f"component of {name}", "mean responsibility", site.usage, None))
     if not panels:
         return None
     figure = Figure(figsize=(4.4 * len(panels), 3.2), layout="constrained")
-    for ax, (unit, what, values, active) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for ax, (unit, quantity, values, active) in zip(axes, panels, strict=True):
         order = values.argsort(descending=True)
         at, heights = torch.arange(len(order)) + 1, values[order]
         groups = [("", "tab:green", torch.ones(len(order), dtype=torch.bool))]
@@ -239,7 +262,7 @@ def collapse(report: CollapseReport) -> Figure | None:
             if which.any():
                 ax.bar(at[which].numpy(), heights[which].numpy(), color=colour, label=label)
         ax.set_xlabel(f"{unit}, from the largest")
-        ax.set_ylabel(what)
+        ax.set_ylabel(quantity)
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=0.3, axis="y")
         if active is not None:

@@ -1,4 +1,4 @@
-"""What a run folder says of a trained pair, as files."""
+"""The files of a run folder that describe the trained pair."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pyro_vae.data import DataSet
+from pyro_vae.data import AnyDataSet
 from pyro_vae.diagnostics.collapse import collapse_report, noise_modules
 from pyro_vae.diagnostics.loss_terms import loss_terms
 from pyro_vae.likelihood.estimate import LogLikelihood
@@ -30,20 +30,24 @@ __all__ = [
     "write_scores",
 ]
 
-# Numbers in the data whose loss is taken apart, such as 512 images of 64 pixels: a report is to cost seconds.
+# Numbers in the data for the loss terms, e.g. 512 images of 64 pixels; more would take minutes.
 VALUES = 2**15
 LIKELIHOOD, COLLAPSE, SCORES = "log_likelihood.json", "collapse.json", "scores.json"
 
 
-def write_loss_terms(folder: Path, pair: Pair, data: DataSet) -> None:
-    """Keep :func:`loss_terms` of the test data in the run folder, where the pair has a closed form."""
+def write_loss_terms(folder: Path, pair: Pair, data: AnyDataSet) -> None:
+    """Save the loss terms of some test data in ``loss_terms.json``, for a pair with a closed form."""
     if isinstance(pair, HasClosedForm):
         some = data.test[: max(16, VALUES // data.test[0].numel())]
         write_text(folder / "loss_terms.json", json.dumps(loss_terms(pair, some), indent=2) + "\n")
 
 
 def record_likelihood(folder: Path, ll: LogLikelihood) -> list[Path]:
-    """Keep a log-likelihood in the run folder, draw its figures and return their paths."""
+    """Save a log-likelihood and its figures in a run folder.
+
+    Returns:
+        The paths of the figures.
+    """
     forget_likelihood(folder)
     paths = []
     for name, draw in LIKELIHOOD_FIGURES.items():
@@ -51,21 +55,24 @@ def record_likelihood(folder: Path, ll: LogLikelihood) -> list[Path]:
         if figure is not None:
             paths.append(folder / "figures" / f"{name}.png")
             save_figure(figure, paths[-1])
-    # The table last: a report shows the figures only where there is one.
+    # The table last: without it a report shows no figures.
     write_text(folder / LIKELIHOOD, json.dumps(ll.record(), indent=2, allow_nan=False) + "\n")
     return paths
 
 
 def forget_likelihood(folder: Path) -> None:
-    """Remove what an earlier evaluation left for the report: it was of other parameters, or is about to be replaced."""
+    """Remove the table and the figures of an earlier evaluation.
+
+    Call it when the parameters have changed, and before a new evaluation is saved.
+    """
     for path in (LIKELIHOOD, *(f"figures/{name}.png" for name in LIKELIHOOD_FIGURES)):
         (folder / path).unlink(missing_ok=True)
 
 
-def write_collapse(folder: Path, pair: Pair, data: DataSet) -> None:
-    """Keep :func:`~pyro_vae.collapse_report` of test data in the run folder, with its figure.
+def write_collapse(folder: Path, pair: Pair, data: AnyDataSet) -> None:
+    """Save :func:`~pyro_vae.collapse_report` of test data, and its figure, in a run folder.
 
-    It takes variances over data, which a single graph has none of: then nothing is kept.
+    Nothing is saved for a single datum, e.g. a graph: the report needs variances over data.
     """
     if len(data.test) < 2:
         return
@@ -76,8 +83,12 @@ def write_collapse(folder: Path, pair: Pair, data: DataSet) -> None:
     write_text(folder / COLLAPSE, json.dumps(record, indent=2) + "\n")
 
 
-def write_figures(folder: Path, pair: Pair, data: DataSet, metrics: list[dict[str, Any]]) -> list[Path]:
-    """Draw every figure that suits the pair and return their paths."""
+def write_figures(folder: Path, pair: Pair, data: AnyDataSet, metrics: list[dict[str, Any]]) -> list[Path]:
+    """Draw and save the figures of a pair.
+
+    Returns:
+        The paths of the figures.
+    """
     written = []
     for name, draw in FIGURES.items():
         figure = draw(pair, data, metrics)
@@ -89,6 +100,10 @@ def write_figures(folder: Path, pair: Pair, data: DataSet, metrics: list[dict[st
 
 
 def write_scores(folder: Path, scores: Mapping[str, float]) -> list[str]:
-    """Keep what a model is scored by besides its likelihood, and return it line by line."""
+    """Save the scores of a model in ``scores.json``.
+
+    Returns:
+        A line of text for each score.
+    """
     write_text(folder / SCORES, json.dumps(dict(scores), indent=2) + "\n")
     return [f"{name}: {value:.3f}" for name, value in scores.items()]

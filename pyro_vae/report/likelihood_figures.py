@@ -14,9 +14,9 @@ __all__ = ["LIKELIHOOD_FIGURES", "likelihood_curve", "likelihood_histogram", "pa
 
 
 def likelihood_curve(ll: LogLikelihood) -> Figure | None:
-    """Draw L_K, the mean over data, with its Monte Carlo error against K."""
+    """Draw L_K, the mean over data, against K, with its Monte Carlo error."""
     rows = torch.tensor([[float(value) for value in row] for row in ll.record()["curve"]], dtype=torch.float64)
-    # Where a single weight may be zero, the first bounds are −∞.
+    # The first bounds are −∞ if single weights may be zero.
     particles, means, errors = rows[rows[:, 1].isfinite()].nan_to_num(0.0).mT.numpy()
     figure = Figure(figsize=(5.2, 3.4), layout="constrained")
     ax = figure.subplots()
@@ -32,7 +32,7 @@ def likelihood_curve(ll: LogLikelihood) -> Figure | None:
 
 
 def pareto_k(ll: LogLikelihood) -> Figure | None:
-    """Draw each datum's k̂ in ascending order; None where none is finite."""
+    """Draw the k̂ of each datum in ascending order; None if no k̂ is finite."""
     ordered = ll.pareto_k.sort().values
     rank, finite = torch.arange(len(ordered)) + 1, ordered.isfinite()
     if not finite.any():
@@ -44,11 +44,14 @@ def pareto_k(ll: LogLikelihood) -> Figure | None:
         label = f"{int(which.sum())} data {side} it"
         ax.plot(rank[which].numpy(), ordered[which].numpy(), ".", markersize=4, color=colour, label=label)
     ax.axhline(ll.threshold, linestyle="--", color="gray", label=f"threshold {ll.threshold:.2f}")
-    # Infinite values lie on the frame's edges, and the legend says what they are.
+    # Infinite values lie on the edges of the frame; the legend explains them.
     bottom, top = ax.get_ylim()
-    for value, edge, marker, what in ((-math.inf, bottom, "v", "equal weights"), (math.inf, top, "^", "too many ties")):
+    for value, edge, marker, reason in (
+        (-math.inf, bottom, "v", "equal weights"),
+        (math.inf, top, "^", "too many ties"),
+    ):
         if (which := ordered == value).any():
-            at, label = torch.full((int(which.sum()),), edge), f"{int(which.sum())} data at {value:+} ({what})"
+            at, label = torch.full((int(which.sum()),), edge), f"{int(which.sum())} data at {value:+} ({reason})"
             ax.plot(
                 rank[which].numpy(), at.numpy(), marker, markersize=5, color="tab:orange", clip_on=False, label=label
             )
@@ -61,10 +64,10 @@ def pareto_k(ll: LogLikelihood) -> Figure | None:
 
 
 def likelihood_histogram(ll: LogLikelihood) -> Figure | None:
-    """Draw how the estimate is distributed over data."""
+    """Draw the histogram of the estimate over data."""
     figure = Figure(figsize=(5.2, 3.4), layout="constrained")
     ax = figure.subplots()
-    # Twice the cube root (Rice's rule), within what the eye can tell apart.
+    # Rice's rule: twice the cube root of the number of data.
     bins = max(5, min(60, round(2 * len(ll.per_datum) ** (1 / 3))))
     ax.hist(ll.per_datum.numpy(), bins=bins, color="tab:blue", alpha=0.7)
     ax.axvline(ll.mean, linestyle="--", color="black", label=f"mean {ll.mean:.2f} ± {ll.mean_standard_error:.2f}")

@@ -10,16 +10,16 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from pyro_vae.data import DataSet
+from pyro_vae.data import AnyDataSet, DataSet, GraphData
 
 __all__ = ["Data", "as_batch", "check_data", "check_settings", "fingerprint", "split"]
 
-Data: TypeAlias = Tensor | Sequence[Tensor] | DataSet
+Data: TypeAlias = Tensor | Sequence[Tensor] | AnyDataSet
 
 
 def as_batch(data: Data) -> tuple[Tensor, ...]:
     """Return ``x`` and the conditions as a tuple; of a data set, its training images."""
-    if isinstance(data, DataSet):
+    if isinstance(data, DataSet | GraphData):
         return (data.train,)
     return (data,) if isinstance(data, Tensor) else tuple(data)
 

@@ -15,8 +15,9 @@ from PIL import Image
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 
 import pyro_vae as pv
-from pyro_vae.cli import recipes
 from pyro_vae.cli.main import main
+from pyro_vae.cli.recipes import RECIPES
+from pyro_vae.cli.recipes.vae import VAERecipe
 from pyro_vae.cli.runs import load_run
 from pyro_vae.cli.training import Training
 from pyro_vae.data import DataSet
@@ -35,7 +36,7 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_list_names_models_and_data(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
     out = capsys.readouterr().out
-    assert all(name in out for name in (*recipes.OPTIONS, *pv.data.NAMES))
+    assert all(name in out for name in (*RECIPES, *pv.data.NAMES))
 
 
 @pytest.mark.usefixtures("few_digits")
@@ -133,7 +134,7 @@ def test_the_demo_needs_no_argument_and_a_second_one_spares_the_first() -> None:
 @pytest.mark.parametrize(("name", "kind"), [("elbo", Trace_ELBO), ("mean-field", TraceMeanField_ELBO)])
 def test_particles_are_the_elbos_own(name: Any, kind: type, count: int) -> None:
     pair = pv.models.LinearGaussianVAE(3, 1)
-    loss, beside = Training(loss=name, num_particles=count).make_loss(None, pair, 10)
+    loss, beside = Training(loss=name, num_particles=count).make_loss(None, pair)
     assert (type(loss), beside) == (kind, 1)
     assert loss.num_particles == count
     # All draws are made in one pass: one value of the latent site holds them.
@@ -226,7 +227,7 @@ def test_an_interrupted_run_says_how_to_resume(
         patched.setattr("pyro_vae.cli.recipes.vae.VAE", Interrupted)
         assert main(["train", "vae", *SMALL, "--epochs", "3", "--run-dir", "run"]) == 130
     assert "--resume" in capsys.readouterr().out
-    pair = recipes.VAEOptions(latent=2).build(few_digits)
+    pair = VAERecipe(latent=2).build(few_digits)
     assert load_state(Path("run/checkpoint/state.pt"), "Interrupted")["epoch"] >= 0
     with pytest.raises(ValueError, match="holds a run of Interrupted"):
         fit(pair, few_digits.train, epochs=3, validation=0.1, run_dir="run", resume=True, progress=False)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +14,14 @@ import pytest
 import torch
 
 import pyro_vae as pv
-from pyro_vae.cli import recipes
 from pyro_vae.cli.main import main
+from pyro_vae.cli.recipes import RECIPES
+from pyro_vae.cli.recipes.recipe import ImageRecipe
+from pyro_vae.cli.recipes.vae import VAERecipe
+from pyro_vae.cli.recipes.vgae import VGAERecipe
 from pyro_vae.cli.runs import load_run
 from pyro_vae.data import DataSet
-from pyro_vae.training.run_folder import load_state
+from pyro_vae.training.run_folder import load_state, save_parameters
 from tests.support.cli_cases import SMALL, error
 
 
@@ -90,7 +96,7 @@ def test_what_a_graph_cannot_be_trained_by_is_told(capsys: pytest.CaptureFixture
     assert "leave none of 90 edges" in error(capsys, *arguments, "--held-out-test", "1")
     assert "size is 0" in error(capsys, *arguments, "--latent", "0")
     with pytest.raises(ValueError, match="digits is no graph"):
-        recipes.VGAEOptions().build(pv.data.load("digits"))
+        VGAERecipe().build(pv.data.load("digits"))
     with pytest.raises(SystemExit):
         main([*arguments, "--data", "digits"])
     assert "'cora', 'citeseer', 'pubmed'" in " ".join(capsys.readouterr().err.split())
@@ -101,7 +107,7 @@ def test_more_samples_than_fit_are_refused(
     few_digits: DataSet, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     main(["train", "vae", *SMALL, "--run-dir", "run"])
-    monkeypatch.setattr("pyro_vae.cli.main.MOST_BYTES", 10 * 64 * torch.get_default_dtype().itemsize)
+    monkeypatch.setattr("pyro_vae.cli.draw.MOST_BYTES", 10 * 64 * torch.get_default_dtype().itemsize)
     assert main(["sample", "run", "--num-samples", "10"]) == 0
     assert "ask for 10 at most" in error(capsys, "sample", "run", "--num-samples", "11")
 
@@ -206,3 +212,117 @@ def test_free_bits_and_a_warm_up_are_had_together() -> None:
     pair, _ = load_run(Path("run"))
     # 230 data make two steps an epoch; the last of them stood at one and a half epochs.
     assert float(pair.beta()) == 1.5 / 4
+
+
+# The options in config.json as version 0.1.0 stored them.
+OPTIONS_OF_0_1_0: dict[str, dict[str, Any]] = {
+    "vae": {
+        "latent": 20,
+        "components": 1,
+        "likelihood": "discretised-logistic",
+        "scale": "scalar",
+        "posterior": "diagonal",
+    },
+    "srvae": {
+        "latent": 16,
+        "factor": 2,
+        "components": 10,
+        "transition": "delta",
+        "likelihood": "gaussian",
+        "scale": "scalar",
+    },
+    "beta-vae": {
+        "latent": 10,
+        "likelihood": "discretised-logistic",
+        "penalty": "divergence",
+        "weight": 4.0,
+        "capacity": 25.0,
+        "rise": 10.0,
+    },
+    "categorical-vae": {
+        "latent": 20,
+        "categories": 10,
+        "likelihood": "discretised-logistic",
+        "gradient": "relaxed",
+        "temperature": 1.0,
+        "final_temperature": 0.5,
+        "annealing": 20.0,
+    },
+    "denoising-vae": {"latent": 20, "components": 1, "likelihood": "gaussian", "noise": 0.1, "corruptions": 5},
+    "gaussian-mixture-vae": {
+        "latent": 10,
+        "components": 10,
+        "likelihood": "continuous-bernoulli",
+        "scale": "scalar",
+        "start_clusters_after": 0,
+    },
+    "flow-vae": {
+        "latent": 20,
+        "flow": "planar",
+        "length": 2,
+        "prior": "normal",
+        "prior_length": 2,
+        "context": 32,
+        "likelihood": "discretised-logistic",
+    },
+    "ladder-vae": {
+        "layers": 3,
+        "latent": 16,
+        "likelihood": "discretised-logistic",
+        "batch_norm": False,
+        "free_bits": 0.0,
+        "rise": 0.0,
+    },
+    "vamp-prior-vae": {"latent": 20, "pseudo_inputs": 50, "hidden": 100, "likelihood": "discretised-logistic"},
+    "vgae": {
+        "latent": 16,
+        "components": 1,
+        "hidden": 32,
+        "features": True,
+        "held_out_validation": 0.05,
+        "held_out_test": 0.1,
+        "split_seed": 0,
+    },
+}
+
+
+@pytest.mark.parametrize("command", OPTIONS_OF_0_1_0)
+def test_a_run_folder_of_0_1_0_is_loaded(command: str, tmp_path: Path) -> None:
+    write_network(tmp_path)
+    recipe, name = RECIPES[command](**OPTIONS_OF_0_1_0[command]), "cora" if command == "vgae" else "digits"
+    saved = recipe.build(recipe.load_data(name, str(tmp_path)))
+    save_parameters(saved, Path("run/checkpoint/pair.safetensors"))
+    config = {"model": command, "data": name, "options": OPTIONS_OF_0_1_0[command]}
+    Path("run/config.json").write_text(json.dumps(config))
+    loaded, _ = load_run(Path("run"), str(tmp_path))
+    assert all(torch.equal(value, saved.state_dict()[key]) for key, value in loaded.state_dict().items())
+
+
+@pytest.mark.usefixtures("few_digits")
+def test_a_model_is_added_by_a_recipe_alone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pyro_vae.cli.recipes.recipe.RECIPES", RECIPES)
+    monkeypatch.setitem(RECIPES, "wide-vae", VAERecipe)
+
+    @dataclass(frozen=True)
+    class WideVAERecipe(ImageRecipe[pv.models.VAE], command="wide-vae"):
+        """VAE with a wide latent."""
+
+        latent: int = 3
+        """Size of z."""
+
+        def build(self, data: DataSet) -> pv.models.VAE:
+            return pv.models.VAE(data.x_shape, pv.StandardNormal(self.latent))
+
+    assert main(["train", "wide-vae", "--epochs", "1", "--run-dir", "run"]) == 0
+    pair, _ = load_run(Path("run"))
+    assert pair.prior.size == 3
+    # It has no scores, and the report no section for them.
+    assert not Path("run/scores.json").exists()
+    assert "Scores" not in Path("run/report.md").read_text()
+
+
+def test_importing_the_package_imports_neither_parser_nor_template_engine() -> None:
+    code = "import sys, pyro_vae; sys.exit(any(name in sys.modules for name in ('tyro', 'jinja2')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from pyro_vae.data import Graph, graph_of, load_graph, make_graph, split_links
+import pyro_vae as pv
+from pyro_vae.data import Graph, graph_of, load_graph, load_links, make_graph, split_links
+from pyro_vae.models import VGAE
 
 
 def ring(size: int = 20) -> Graph:
@@ -184,3 +186,14 @@ def test_absent_files_and_unknown_names_are_told(tmp_path: Path) -> None:
         load_graph("cora", tmp_path)
     with pytest.raises(ValueError, match="known are cora, citeseer, pubmed"):
         load_graph("corra", tmp_path)
+
+
+def test_a_network_is_a_data_set_of_one_datum(tmp_path: Path) -> None:
+    data = load_links("cora", write(tmp_path), validation=0.0, test=0.5)
+    whole = load_graph("cora", tmp_path).adjacency()
+    assert torch.equal(data.test, whole.unsqueeze(0))
+    assert torch.equal(data.train, data.links.train.adjacency().unsqueeze(0))
+    # Of two edges one is held out.
+    assert (data.train.sum(), data.test.sum()) == (2, 4)
+    assert (data.name, data.x_shape, data.validation) == ("cora", tuple(whole.shape), None)
+    pv.fit(VGAE(3, pv.StandardNormal(2)), data, epochs=1, batch_size=1, progress=False)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae.cli.recipes.beta_vae import BetaVAEOptions
+from pyro_vae.cli.recipes.beta_vae import BetaVAERecipe
 from pyro_vae.models import VAE, BetaVAE
 from pyro_vae.objectives.bounds import capacity_elbo, elbo
 from pyro_vae.objectives.loss import check_loss
@@ -127,7 +127,7 @@ def test_a_capacity_of_another_module_is_refused() -> None:
 @pytest.mark.parametrize("penalty", ["divergence", "capacity", "total-correlation"])
 def test_every_penalty_of_the_command_line_trains(penalty: Any) -> None:
     torch.manual_seed(0)
-    options, x = BetaVAEOptions(latent=2, likelihood="bernoulli", penalty=penalty, weight=2.0), bits(64)
+    options, x = BetaVAERecipe(latent=2, likelihood="bernoulli", penalty=penalty, weight=2.0), bits(64)
     x = x.reshape(64, 1, 2, 3)
     pair = options.build(pv.data.DataSet("blank", x, x, None, None, levels=2))
     run = pv.fit(pair, x, epochs=8, batch_size=32, lr=1e-2, loss=options.loss(pair, 64), progress=False)

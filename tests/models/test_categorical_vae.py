@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 import pyro_vae as pv
-from pyro_vae.cli.recipes.categorical_vae import CategoricalVAEOptions
+from pyro_vae.cli.recipes.categorical_vae import CategoricalVAERecipe
 from pyro_vae.data import DataSet
 from pyro_vae.distributions.one_hot import OneHots, RelaxedOneHots
 from pyro_vae.models import CategoricalVAE
@@ -211,7 +211,7 @@ def test_annealed_numbers_go_where_they_should() -> None:
 def test_every_way_to_a_gradient_trains(gradient: Any) -> None:
     torch.manual_seed(0)
     enumerated = gradient == "enumeration"
-    options = CategoricalVAEOptions(latent=2, categories=3, likelihood="bernoulli")
+    options = CategoricalVAERecipe(latent=2, categories=3, likelihood="bernoulli")
     options = options if enumerated else dataclasses.replace(options, gradient=gradient)
     # Two kinds of data, so that one categorical variable explains them.
     x = torch.ones(64, 1, 3, 3) * torch.arange(64).remainder(2).reshape(-1, 1, 1, 1)

@@ -12,9 +12,8 @@ from pyro.distributions import transforms
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae.cli.recipes.flow_vae import FlowVAEOptions
+from pyro_vae.cli.recipes.flow_vae import FlowName, FlowVAERecipe, posterior_layers, prior_layers
 from pyro_vae.models import VAE, FlowVAE
-from pyro_vae.models.flow_vae import FlowName, posterior_layers, prior_layers
 from pyro_vae.testing import PairContract
 
 
@@ -127,7 +126,7 @@ def test_coupled_data_are_seen_through_a_flow_without_an_inverse() -> None:
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
     blank = torch.zeros(3, 1, 4, 4)
     with pytest.raises(ValueError, match=message):
-        FlowVAEOptions(**options).build(pv.data.DataSet("blank", blank, blank, None, None, levels=17))
+        FlowVAERecipe(**options).build(pv.data.DataSet("blank", blank, blank, None, None, levels=17))
 
 
 @pytest.mark.parametrize("prior", [pv.StandardNormal(3), pv.MixtureOfGaussians(2, 3)], ids=["normal", "mixture"])

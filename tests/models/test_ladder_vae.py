@@ -12,7 +12,7 @@ from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae.cli.recipes.ladder_vae import LadderVAEOptions
+from pyro_vae.cli.recipes.ladder_vae import LadderVAERecipe
 from pyro_vae.conditionals.posteriors import SMALLEST_GUIDE_SCALE
 from pyro_vae.distributions.linear_gaussian import linear_gaussian_log_likelihood
 from pyro_vae.models import VAE, LadderVAE
@@ -224,7 +224,7 @@ def test_layers_below_one_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 1 layer"):
         LadderVAE((4,), ())
     with pytest.raises(ValueError, match="layers is 0"):
-        LadderVAEOptions(layers=0).build(pv.data.DataSet("blank", blank, blank, None, None, levels=17))
+        LadderVAERecipe(layers=0).build(pv.data.DataSet("blank", blank, blank, None, None, levels=17))
 
 
 @pytest.mark.parametrize(

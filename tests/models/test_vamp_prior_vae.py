@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae.cli.recipes.vamp_prior_vae import VampPriorVAEOptions
+from pyro_vae.cli.recipes.vamp_prior_vae import VampPriorVAERecipe
 from pyro_vae.conditionals.posteriors import SMALLEST_GUIDE_SCALE
 from pyro_vae.distributions.linear_gaussian import condition_gaussian
 from pyro_vae.models import VAE, VampPriorVAE
@@ -143,4 +143,4 @@ def test_bad_values_are_refused() -> None:
         VampPriorVAE(torch.zeros(2, 5), 0)
     blank = torch.zeros(3, 1, 4, 4)
     with pytest.raises(ValueError, match="pseudo_inputs is 0"):
-        VampPriorVAEOptions(pseudo_inputs=0).build(pv.data.DataSet("blank", blank, blank, None, None, levels=2))
+        VampPriorVAERecipe(pseudo_inputs=0).build(pv.data.DataSet("blank", blank, blank, None, None, levels=2))

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae.cli.recipes import OPTIONS
+from pyro_vae.cli.recipes import RECIPES
+from pyro_vae.cli.recipes.recipe import ImageRecipe
 from pyro_vae.models import (
     VAE,
     VGAE,
@@ -40,8 +41,8 @@ def built(options: Any) -> Callable[[], pv.Pair]:
 def option_cases() -> dict[str, Callable[[], pv.Pair]]:
     """Return each model of the command line, for every value of its options that are choices."""
     cases = {}
-    for name, options in OPTIONS.items():
-        if hasattr(options, "load"):
+    for name, options in RECIPES.items():
+        if not issubclass(options, ImageRecipe):
             # It takes other data than images, and is among CASES by itself.
             continue
         cases[name] = built(options())

@@ -34,7 +34,7 @@ from tests.support.capture_cases import (
 def test_every_pair_of_the_package_is_covered() -> None:
     pairs = {c for c in vars(pv.models).values() if inspect.isclass(c) and issubclass(c, pv.Pair)}
     missing = pairs - {type(make()) for make in CASES.values()}
-    assert not missing, f"give CASES a small {missing}, or recipes.OPTIONS its options"
+    assert not missing, f"give CASES a small {missing}, or recipes.RECIPES its options"
 
 
 @pytest.mark.parametrize("name", CASES)

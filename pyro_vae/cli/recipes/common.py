@@ -1,4 +1,4 @@
-"""Command-line options that several models share, and what they build from a data set."""
+"""Options that several recipes share, and the priors and likelihoods that they build."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ScaleName = Literal["scalar", "channel", "pixel", "optimal"]
 
 
 def make_prior(latent: int, components: int) -> StandardNormal | MixtureOfGaussians:
-    """Return N(0, I) for one component, a learned mixture of Gaussians for more.
+    """Return N(0, I) for one component, else a learned mixture of Gaussians.
 
     Raises:
         ValueError: for sizes below one.
@@ -26,10 +26,10 @@ def make_prior(latent: int, components: int) -> StandardNormal | MixtureOfGaussi
 
 
 def make_likelihood(name: LikelihoodName, scale: ScaleName, data: DataSet) -> Head:
-    """Return a likelihood that suits the data: its gray levels, and γ begun at its standard deviation.
+    """Return a likelihood for a data set, with its gray levels, or with its standard deviation as initial γ.
 
     Raises:
-        ValueError: for a discretised likelihood on data without levels.
+        ValueError: for a discretised likelihood on data without gray levels.
     """
     if name == "bernoulli":
         return Bernoulli()
@@ -44,10 +44,10 @@ def make_likelihood(name: LikelihoodName, scale: ScaleName, data: DataSet) -> He
 
 
 def levels_of(data: DataSet) -> int:
-    """Return the data's number of gray levels.
+    """Return the number of gray levels of a data set.
 
     Raises:
-        ValueError: when its values lie on no grid.
+        ValueError: for pixels on no grid.
     """
     if data.levels is None:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""How the command line builds and trains this model."""
+"""``pyro-vae train ladder-vae``."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from dataclasses import dataclass
 from typing import cast
 
 from pyro_vae.cli.recipes.common import LikelihoodName, make_likelihood
+from pyro_vae.cli.recipes.recipe import ImageRecipe
 from pyro_vae.data import DataSet
 from pyro_vae.models.ladder_vae import LadderVAE
 from pyro_vae.objectives.bounds import Objective, free_bits
 from pyro_vae.pair.annealed import Annealed
 
-__all__ = ["LadderVAEOptions"]
+__all__ = ["LadderVAERecipe"]
 
 
 @dataclass(frozen=True)
-class LadderVAEOptions:
-    """Ladder VAE: a hierarchy of latents whose guide merges data and model at each layer."""
+class LadderVAERecipe(ImageRecipe[LadderVAE], command="ladder-vae"):
+    """Ladder VAE: a hierarchy of latents; the guide merges data and model at each layer."""
 
     layers: int = 3
     """Number of stochastic layers."""
@@ -26,14 +27,18 @@ class LadderVAEOptions:
     likelihood: LikelihoodName = "discretised-logistic"
     """Distribution of x given z."""
     batch_norm: bool = False
-    """Normalise the networks between layers by batches, after which fewer upper layers fall idle under --warmup."""
+    """Normalise the networks between layers by batches: with --warmup, fewer upper layers become inactive."""
     free_bits: float = 0.0
-    """Nats that each layer's divergence has for free in training; 0 trains on the ELBO."""
+    """Free nats of each layer's KL during training; 0 for the ELBO."""
     rise: float = 0.0
-    """Epochs over which β rises from 0 under free bits, which --warmup does not weigh."""
+    """Warm-up with free bits: epochs over which β rises from 0. Use it in place of --warmup."""
 
     def build(self, data: DataSet) -> LadderVAE:
-        """Return the pair for a data set."""
+        """Build the pair for a data set.
+
+        Raises:
+            ValueError: for options that contradict each other.
+        """
         sizes = [self.latent, *(max(self.latent >> layer, 2) for layer in range(1, self.layers))]
         if self.layers < 1:
             raise ValueError(f"layers is {self.layers}; a ladder has at least 1")
@@ -47,12 +52,12 @@ class LadderVAEOptions:
             data.x_shape, sizes, make_likelihood(self.likelihood, "scalar", data), batch_norm=self.batch_norm
         )
         if self.rise:
-            # A module of the pair's, so that training moves it and a checkpoint keeps it.
+            # As a module of the pair, β is annealed by training and saved in checkpoints.
             pair.beta = Annealed(0.0, 1.0, self.rise)
         return pair
 
     def loss(self, pair: LadderVAE, num_data: int) -> Objective | None:
-        """Return the objective that trains the pair, None for any loss of the user's."""
+        """Return the free-bits objective; None without free bits."""
         if not self.free_bits:
             return None
         return free_bits(self.free_bits, cast(Annealed, pair.beta) if self.rise else 1.0)

@@ -1,4 +1,4 @@
-"""How the command line builds and trains this model."""
+"""``pyro-vae train vamp-prior-vae``."""
 
 from __future__ import annotations
 
@@ -6,28 +6,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pyro_vae.cli.recipes.common import LikelihoodName, make_likelihood
+from pyro_vae.cli.recipes.recipe import ImageRecipe
 from pyro_vae.data import DataSet
 from pyro_vae.models.vamp_prior_vae import VampPriorVAE, starting_pseudo_inputs
 from pyro_vae.networks.mlp import GatedMLP
 
-__all__ = ["VampPriorVAEOptions"]
+__all__ = ["VampPriorVAERecipe"]
 
 
 @dataclass(frozen=True)
-class VampPriorVAEOptions:
-    """VAE with a VampPrior: p(z) mixes the guide's posteriors at learned pseudo-inputs."""
+class VampPriorVAERecipe(ImageRecipe[VampPriorVAE], command="vamp-prior-vae"):
+    """VAE with a VampPrior: p(z) is a mixture of the guide's posteriors at learned pseudo-inputs."""
 
     latent: int = 20
     """Size of z."""
     pseudo_inputs: int = 50
-    """Number of pseudo-inputs, begun at training data drawn at random."""
+    """Number of pseudo-inputs; they start at random training data."""
     hidden: int = 100
     """Width of the two gated layers of encoder and decoder."""
     likelihood: LikelihoodName = "discretised-logistic"
     """Distribution of x given z."""
 
     def build(self, data: DataSet) -> VampPriorVAE:
-        """Return the pair for a data set."""
+        """Build the pair for a data set."""
         start = starting_pseudo_inputs(data.train, self.pseudo_inputs)
         likelihood = make_likelihood(self.likelihood, "scalar", data)
         hidden: Sequence[int] = (self.hidden, self.hidden)
