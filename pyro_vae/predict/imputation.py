@@ -12,6 +12,7 @@ from pyro_vae.pair.modes import drawing, to_pair
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.site import Site
 from pyro_vae.pair.trace import PairTrace, run_guide, run_model, trace_pair
+from pyro_vae.pair.weights import effective_sample_size
 from pyro_vae.predict.generate import generate
 from pyro_vae.runtime.memory import MEBIBYTE, chunk_sizes
 from pyro_vae.runtime.random_state import derived_seed, fresh_seed
@@ -104,7 +105,7 @@ def impute(
         starts = range(0, len(rows), size)
         parts = [run(tuple(tensor[i : i + size] for tensor in chains), sweeps, i) for i in starts]
     weights = torch.cat([part[1] for part in parts], 1)
-    ess = torch.exp(2 * torch.logsumexp(weights, 0) - torch.logsumexp(2 * weights, 0))
+    ess = effective_sample_size(weights)
     samples = torch.cat([part[0] for part in parts]).unflatten(0, (num_samples, len(x)))
     return Imputation(samples, ess.view(num_samples, -1).mean(0), parts[0][2])
 
