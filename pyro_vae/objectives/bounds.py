@@ -59,9 +59,10 @@ def renyi(alpha: float) -> Objective:
 
     1/(1 − α) · log (1/K) Σ_k [p(x, z_k) / q(z_k | x)]^(1 − α)
 
-    At α = 1 it is the ELBO, at α = 0 the importance-weighted bound. For given draws it never increases with α. For α ≥ 0 its
-    expectation is a lower bound on log p(x), for any K. For α < 0 it tends to an upper bound as K grows; with few
-    particles it may lie on either side.
+    At α = 1 it is the ELBO, at α = 0 the importance-weighted bound. For given draws it never increases with α.
+
+    For α ≥ 0 its expectation is a lower bound on log p(x), for any K. For α < 0 it tends to an upper bound as K grows;
+    with few particles it may lie on either side.
 
     Args:
         alpha: α, any finite number.
