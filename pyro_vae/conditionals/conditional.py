@@ -52,7 +52,8 @@ class Conditional(nn.Module):
         head: turns these numbers into a distribution.
         event_shape: shape of one event.
 
-    >>> conditional = Conditional(nn.Linear(3, 8), DiagonalGaussian(), (4,))
+    >>> import torch, pyro_vae as pv
+    >>> conditional = Conditional(nn.Linear(3, 8), pv.DiagonalGaussian(), (4,))
     >>> conditional(torch.zeros(5, 3)).batch_shape, conditional(torch.zeros(5, 3)).event_shape
     (torch.Size([5]), torch.Size([4]))
     """

@@ -76,6 +76,7 @@ class FlowPosterior(Head):
     Reference:
         Rezende and Mohamed (2015), Variational inference with normalizing flows, ICML.
 
+    >>> from pyro.distributions import transforms
     >>> head = FlowPosterior([transforms.conditional_planar(3, 4) for _ in range(2)], context=4)
     >>> head.num_outputs((3,)), head(torch.zeros(5, 10), (3,)).rsample().shape
     (10, torch.Size([5, 3]))
@@ -122,6 +123,8 @@ class FlowPrior(nn.Module):
         Dinh, Sohl-Dickstein and Bengio (2017), Density estimation using Real NVP, ICLR; Papamakarios, Pavlakou and
         Murray (2017), Masked autoregressive flow for density estimation, NeurIPS.
 
+    >>> from pyro.distributions import transforms
+    >>> from pyro_vae.distributions import Reversal
     >>> prior = FlowPrior(4, [transforms.affine_coupling(4), Reversal(4), transforms.affine_coupling(4)])
     >>> prior().log_prob(torch.zeros(5, 4)).shape
     torch.Size([5])

@@ -1,7 +1,7 @@
 """A model and a guide over the same latents, and their log-densities.
 
-Import from here to write an estimator of your own: :func:`trace_pair` runs a pair, :class:`Site` reads a sample site,
-:func:`inspect` checks data and returns facts about the pair.
+Import from here to write an estimator. :func:`inspect` checks data and returns facts about a pair.
+:func:`trace_pair` runs its guide and model. :class:`Site` reads a sample site.
 """
 
 from pyro_vae.pair.inspection import Inspection, inspect

@@ -20,7 +20,7 @@ def check_batch(pair: Pair, batch: tuple[Tensor, ...], argument: str = "x") -> N
     """Refuse data that are empty, of another shape or dtype, NaN or infinite.
 
     Raises:
-        ValueError: naming the argument, what is wrong and how to mend it.
+        ValueError: naming the argument, the fault and the way out.
     """
     if not batch or not all(isinstance(tensor, Tensor) for tensor in batch):
         raise ValueError(f"{argument} must be a tensor, or a tuple of tensors: the data and the pair's conditions")
@@ -43,7 +43,7 @@ def check_tensor(x: Tensor, dtype: torch.dtype, argument: str) -> None:
     """Refuse a tensor of another dtype, or with NaN or infinite values.
 
     Raises:
-        ValueError: naming the argument, what is wrong and how to mend it.
+        ValueError: naming the argument, the fault and the way out.
     """
     if x.dtype != dtype:
         raise ValueError(f"{argument} is {x.dtype}, the pair computes with {dtype}: use {argument}.to({dtype})")

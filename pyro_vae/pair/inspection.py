@@ -53,8 +53,9 @@ class Inspection:
     def quantity(self) -> str:
         """Name of the quantity that the guide's log-weights estimate.
 
-        "log p(x)"; "lower bound on log p(x)" if the guide puts a point mass on a discrete site; the joint density
-        "log p(x, y)" if it puts one on a continuous site ``y``.
+        * "log p(x)" for a guide without point masses;
+        * "lower bound on log p(x)" for a point mass on a discrete site;
+        * "log p(x, y)", a joint density, for a point mass on a continuous site ``y``.
         """
         fixed = [name for name in self.trace.model if name in self.trace.point_masses]
         joint = [name for name in fixed if not self.trace.model[name].is_discrete]
@@ -81,7 +82,7 @@ class Inspection:
             seen: True at the entries of ``x`` to check; all of them without it.
 
         Raises:
-            ValueError: naming the argument, what is wrong and how to mend it.
+            ValueError: naming the argument, the fault and the way out.
         """
         check_batch(self.pair, batch, argument)
         refuse_outside(self.x, batch[0], argument, seen)
@@ -106,8 +107,8 @@ def inspect(pair: Pair, batch: tuple[Tensor, ...], argument: str = "x", seen: Te
         :class:`Inspection`.
 
     Raises:
-        ValueError: for data that the pair cannot take, data outside the likelihood's support, latent sites that model
-            and guide do not share, and a guide with a mass where the model has a density or the reverse.
+        ValueError: for data that the pair cannot take or outside the likelihood's support, and for a guide with other
+            sites, or another kind of density, than the model's.
 
     >>> import torch, pyro_vae as pv
     >>> inspect(pv.models.LinearGaussianVAE(5, 2), (torch.zeros(3, 5),)).quantity

@@ -119,16 +119,10 @@ class Site:
                 f"site '{self.name}' lies outside the data plate: sample it inside pyro.plate('data', len(x)), so that "
                 "its log-density belongs to one datum"
             )
-        kept = {dims[name] for name in self._leading()}
+        leading = {dims[name] for name in self._leading()}
         log_prob = scale_and_mask(self.fn.log_prob(self.drawn), 1.0, self._node["mask"])
-        others = [dim for dim in range(-log_prob.dim(), 0) if dim not in kept]
-        named = set(dims.values())
-        if stray := [dim for dim in others if log_prob.shape[dim] != 1 and dim not in named]:
-            raise ValueError(
-                f"site '{self.name}' has {log_prob.shape[stray[0]]} entries in dimension {stray[0]} of its batch, "
-                "which belongs to no plate: particles and data come left of and in the pair's plates; make that "
-                "dimension part of the event (.to_event), or give it a plate"
-            )
+        self._check_batch_shape(log_prob.shape)
+        others = [dim for dim in range(-log_prob.dim(), 0) if dim not in leading]
         return log_prob.sum(others) if others else log_prob
 
     @property
@@ -150,9 +144,13 @@ class Site:
 
         Returns:
             (K, B, *other plates, *event).
+
+        Raises:
+            ValueError: for a batch dimension that belongs to no plate.
         """
         count = self.fn.event_dim if event_dim is None else event_dim
-        event = tensor.shape[tensor.dim() - count :]
+        batch, event = tensor.shape[: tensor.dim() - count], tensor.shape[tensor.dim() - count :]
+        self._check_batch_shape(batch)
         whole = tensor.expand(*self._batch_shape(), *event).squeeze(self._idle_dims(count))
         leading = self._leading_dims(count)
         return whole.movedim(leading, tuple(range(len(leading))))
@@ -190,6 +188,16 @@ class Site:
         """Return the batch dimensions that belong to no plate, all of size one."""
         taken = {frame.dim for frame in self._plates}
         return tuple(dim - event_dim for dim in range(min(taken, default=0), 0) if dim not in taken)
+
+    def _check_batch_shape(self, shape: torch.Size) -> None:
+        taken = {frame.dim for frame in self._plates}
+        for dim in range(-len(shape), 0):
+            if shape[dim] != 1 and dim not in taken:
+                raise ValueError(
+                    f"site '{self.name}' has {shape[dim]} entries in dimension {dim} of its batch, which belongs to no "
+                    "plate: particles and data come left of and in the pair's plates; make that dimension part of the "
+                    "event (.to_event), or give it a plate"
+                )
 
     def _batch_shape(self) -> list[int]:
         shape = [1] * max((-frame.dim for frame in self._plates), default=0)
