@@ -54,13 +54,12 @@ class Inspection:
         """Name of the quantity that the guide's log-weights estimate.
 
         * "log p(x)" for a guide without point masses;
-        * "lower bound on log p(x)" for a point mass on a discrete site;
-        * "log p(x, y)", a joint density, for a point mass on a continuous site ``y``.
+        * "log p(x, y)", a joint density, for a point mass on a continuous site ``y``;
+        * "lower bound on …" for a point mass on a discrete site.
         """
-        fixed = [name for name in self.trace.model if name in self.trace.point_masses]
-        joint = [name for name in fixed if not self.trace.model[name].is_discrete]
-        target = self._log_p(joint)
-        return f"lower bound on {target}" if fixed and not joint else target
+        fixed = [site for name, site in self.trace.model.items() if name in self.trace.point_masses]
+        target = self._log_p([site.name for site in fixed if not site.is_discrete])
+        return f"lower bound on {target}" if any(site.is_discrete for site in fixed) else target
 
     @property
     def prior_quantity(self) -> str:

@@ -46,7 +46,9 @@ class Site:
         self.name: str = node["name"]
         self.fn: Any = node["fn"]
         self.drawn: Tensor = node["value"]
-        self._plates = [frame for frame in node["cond_indep_stack"] if frame.dim is not None]
+        frames = [frame for frame in node["cond_indep_stack"] if frame.dim is not None]
+        self._dims: dict[str, int] = {frame.name: frame.dim for frame in frames}
+        self._sizes: dict[str, int] = {frame.name: frame.size for frame in frames}
 
     @property
     def is_observed(self) -> bool:
@@ -103,8 +105,9 @@ class Site:
     @property
     def plates(self) -> tuple[str, ...]:
         """Names of the plates along the leading axes of :attr:`value`."""
-        ordered = sorted(self._plates, key=lambda frame: frame.dim)
-        return (*self._leading(), *(frame.name for frame in ordered if frame.name not in _LEADING))
+        leading = self._leading()
+        ordered = sorted(self._dims, key=lambda name: self._dims[name])
+        return (*leading, *(name for name in ordered if name not in leading))
 
     @cached_property
     def log_prob(self) -> Tensor:
@@ -113,13 +116,12 @@ class Site:
         Raises:
             ValueError: for a site outside the data plate, and for a batch dimension that belongs to no plate.
         """
-        dims = {frame.name: frame.dim for frame in self._plates}
-        if DATA not in dims:
+        if DATA not in self._dims:
             raise ValueError(
                 f"site '{self.name}' lies outside the data plate: sample it inside pyro.plate('data', len(x)), so that "
                 "its log-density belongs to one datum"
             )
-        leading = {dims[name] for name in self._leading()}
+        leading = {self._dims[name] for name in self._leading()}
         log_prob = scale_and_mask(self.fn.log_prob(self.drawn), 1.0, self._node["mask"])
         self._check_batch_shape(log_prob.shape)
         others = [dim for dim in range(-log_prob.dim(), 0) if dim not in leading]
@@ -133,7 +135,7 @@ class Site:
     @property
     def data_dim(self) -> int:
         """Dimension of the data in :attr:`drawn`, negative."""
-        return next(frame.dim for frame in self._plates if frame.name == DATA) - int(self.fn.event_dim)
+        return self._dims[DATA] - int(self.fn.event_dim)
 
     def lay_out(self, tensor: Tensor, event_dim: int | None = None) -> Tensor:
         """Lay out a tensor in the program's order, e.g. the distribution's mean, as :attr:`value` is.
@@ -155,12 +157,11 @@ class Site:
         leading = self._leading_dims(count)
         return whole.movedim(leading, tuple(range(len(leading))))
 
-    def as_drawn(self, value: Tensor, event_dim: int | None = None) -> Tensor:
+    def as_drawn(self, value: Tensor) -> Tensor:
         """Put a tensor laid out as :attr:`value` back into the program's order, the inverse of :meth:`lay_out`."""
-        count = self.fn.event_dim if event_dim is None else event_dim
-        leading = self._leading_dims(count)
+        leading = self._leading_dims(self.fn.event_dim)
         drawn = value.movedim(tuple(range(len(leading))), leading)
-        for dim in sorted(self._idle_dims(count), reverse=True):
+        for dim in sorted(self._idle_dims(self.fn.event_dim), reverse=True):
             drawn = drawn.unsqueeze(dim)
         return drawn
 
@@ -174,25 +175,22 @@ class Site:
         changed = {"fn": self.fn if fn is None else fn, "value": self.drawn if drawn is None else drawn}
         return Site({**self._node, **changed})
 
-    def _leading(self) -> list[str]:
-        found = {frame.name for frame in self._plates}
-        return [name for name in _LEADING if name in found]
+    def _leading(self) -> tuple[str, ...]:
+        return tuple(name for name in (PARTICLES, DATA) if name in self._dims)
 
     def _leading_dims(self, event_dim: int) -> tuple[int, ...]:
         """Return the dimensions of particles and data after :meth:`_idle_dims` are squeezed."""
-        order = sorted(frame.dim for frame in self._plates)
-        dims = {frame.name: order.index(frame.dim) - len(order) - event_dim for frame in self._plates}
-        return tuple(dims[name] for name in self._leading())
+        order = sorted(self._dims.values())
+        return tuple(order.index(self._dims[name]) - len(order) - event_dim for name in self._leading())
 
     def _idle_dims(self, event_dim: int) -> tuple[int, ...]:
         """Return the batch dimensions that belong to no plate, all of size one."""
-        taken = {frame.dim for frame in self._plates}
+        taken = self._dims.values()
         return tuple(dim - event_dim for dim in range(min(taken, default=0), 0) if dim not in taken)
 
     def _check_batch_shape(self, shape: torch.Size) -> None:
-        taken = {frame.dim for frame in self._plates}
         for dim in range(-len(shape), 0):
-            if shape[dim] != 1 and dim not in taken:
+            if shape[dim] != 1 and dim not in self._dims.values():
                 raise ValueError(
                     f"site '{self.name}' has {shape[dim]} entries in dimension {dim} of its batch, which belongs to no "
                     "plate: particles and data come left of and in the pair's plates; make that dimension part of the "
@@ -200,13 +198,10 @@ class Site:
                 )
 
     def _batch_shape(self) -> list[int]:
-        shape = [1] * max((-frame.dim for frame in self._plates), default=0)
-        for frame in self._plates:
-            shape[frame.dim] = frame.size
+        shape = [1] * -min(self._dims.values(), default=0)
+        for name, dim in self._dims.items():
+            shape[dim] = self._sizes[name]
         return shape
-
-
-_LEADING = (PARTICLES, DATA)
 
 
 def sites_of(trace: Trace) -> dict[str, Site]:
