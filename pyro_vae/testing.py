@@ -1,4 +1,4 @@
-"""The contract of a pair, checked: for this package's pairs and for users' own."""
+"""Test that a pair follows the contract that the package relies on."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from pyro.distributions import MixtureSameFamily
 from torch import Tensor
 
 from pyro_vae.pair.checks import check_batch
-from pyro_vae.pair.modes import device_of, evaluation, rehearsal, to_pair
+from pyro_vae.pair.modes import drawing, rehearsal, to_pair
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.trace import PairTrace, check_measures, log_terms, run_guide, run_model, trace_pair
-from pyro_vae.runtime.random_state import own_random_state
 
 __all__ = ["Finding", "PairContract", "check_pair"]
 
 
 class Finding(NamedTuple):
-    """One thing that :func:`check_pair` has to say about a pair."""
+    """A finding of :func:`check_pair`: its level, the site or parameter, and the way out."""
 
     level: Literal["not trainable this way", "not log p(x)"]
     site: str
@@ -29,20 +28,22 @@ class Finding(NamedTuple):
 def check_pair(pair: Pair, batch: Tensor | tuple[Tensor, ...]) -> list[Finding]:
     """Check a pair against the contract that every function of the package relies on.
 
-    The pair is run in evaluation mode and left as it was; no parameter changes.
+    The pair and the caller's random state are left unchanged.
 
     Args:
         pair: any pair.
         batch: ``x``, or ``x`` and the pair's conditions; at least two data.
 
     Returns:
-        Findings at two levels: "not trainable this way" (a guide site without rsample, a mixture in the guide,
-        parameters that get no gradient, data coupled while training), each with what to use instead, and
-        "not log p(x)" (a point mass on a continuous site). An empty list is a clean pair.
+        Findings, each with the way out; an empty list for a clean pair. The levels are:
+
+        * "not trainable this way": a guide site without rsample, a mixture in the guide, a parameter without a
+          gradient, data coupled while training;
+        * "not log p(x)": a point mass on a continuous site.
 
     Raises:
-        ValueError: for what is wrong however it is used: different latent sites in model and guide, a site outside the
-            data plate, a subsampling plate, x read outside ``obs=``, parameters in Pyro's global store, coupled data.
+        ValueError: for a broken contract: different latent sites in model and guide, a site outside the data plate, a
+            subsampling plate, x read outside ``obs=``, parameters in Pyro's global store, coupled data.
 
     >>> import torch, pyro_vae as pv
     >>> check_pair(pv.models.LinearGaussianVAE(5, 2), torch.randn(4, 5))
@@ -52,36 +53,34 @@ def check_pair(pair: Pair, batch: Tensor | tuple[Tensor, ...]) -> list[Finding]:
     check_batch(pair, batch, "batch")
     if len(batch[0]) < 2:
         raise ValueError(
-            "check_pair needs a batch of at least two data, to see whether they stay apart; where a datum is a graph, "
-            "two graphs on the same nodes"
+            "check_pair needs a batch of at least two data, to see whether they stay apart; if a datum is a graph, "
+            "pass two graphs on the same nodes"
         )
     batch = to_pair(pair, batch)
-    with own_random_state(0, device_of(pair)):
-        stored = set(pyro.get_param_store())
-        with evaluation(pair), torch.inference_mode(False), torch.no_grad():
-            trace = trace_pair(pair, *batch)
-            _check_plates(trace)
-            check_measures(trace)
-            _check_reads_x_only_as_obs(pair, batch, trace)
-            if _couples(pair, batch, trace):
-                raise ValueError(
-                    "data are coupled: one datum's terms change with the others of its batch, so that they are not per "
-                    "datum; use LayerNorm or GroupNorm for BatchNorm, and no statistics over the batch"
-                )
-        if new := sorted(set(pyro.get_param_store()) - stored):
-            for name in new:
-                pyro.get_param_store().__delitem__(name)
-            raise ValueError(f"{new} live in Pyro's global store: keep parameters in the module, as nn.Parameter")
-        return [
-            *_untrainable(pair, batch),
-            *_without_gradient(pair, batch),
-            *_coupled_in_training(pair, batch),
-            *_joint(trace),
-        ]
+    stored = set(pyro.get_param_store())
+    with drawing(pair, seed=0):
+        trace = trace_pair(pair, *batch)
+        _check_plates(trace)
+        check_measures(trace)
+        _check_reads_x_only_as_obs(pair, batch, trace)
+        if _couples(pair, batch, trace):
+            raise ValueError(
+                "data are coupled: one datum's terms change with the others of its batch; use LayerNorm or GroupNorm "
+                "for BatchNorm, and no statistics over the batch"
+            )
+        idle = _without_gradient(pair, batch)
+    if new := sorted(set(pyro.get_param_store()) - stored):
+        for name in new:
+            pyro.get_param_store().__delitem__(name)
+        raise ValueError(f"{new} live in Pyro's global store: store parameters in the module, as nn.Parameter")
+    with rehearsal(pair, seed=0):
+        training = trace_pair(pair, *batch)
+        coupled = _coupled_in_training(pair, batch, training)
+    return [*_untrainable(training), *idle, *coupled, *_joint(trace)]
 
 
 class PairContract:
-    """Inherit this in a test class and give it ``make_pair`` and ``make_batch``: the contract then is tested.
+    """Test the contract: inherit from this in a test class, and write ``make_pair`` and ``make_batch``.
 
     >>> import torch, pyro_vae as pv
     >>> class TestMine(PairContract):
@@ -101,7 +100,7 @@ class PairContract:
         raise NotImplementedError(f"{type(self).__name__} needs a method make_batch")
 
     def test_contract(self) -> None:
-        """The pair has no finding beyond those expected, (level, site)."""
+        """The pair has the expected findings, (level, site), and no other."""
         findings = check_pair(self.make_pair(), self.make_batch())
         assert {(f.level, f.site) for f in findings} == set(self.expected_findings), findings
 
@@ -113,7 +112,7 @@ class PairContract:
         assert terms.log_weights.shape == (3, len(batch[0]))
 
     def test_nothing_in_the_store(self) -> None:
-        """A step of Pyro's own SVI updates the module and leaves the global store as it was."""
+        """A step of Pyro's SVI updates the module, and adds nothing to the global store."""
         pair, batch = self.make_pair(), self.make_batch()
         before = set(pyro.get_param_store())
         optimizer = pyro.optim.Adam({"lr": 1e-3})
@@ -132,9 +131,9 @@ def _check_plates(trace: PairTrace) -> None:
 
 
 def _check_reads_x_only_as_obs(pair: Pair, batch: tuple[Tensor, ...], trace: PairTrace) -> None:
-    """Run the model on other data with the same latents: no distribution may change."""
+    """Run the model on other data with the same latents; no distribution may change."""
     x = batch[0]
-    # NaN spreads from whatever reads it; integers have none, so they move on by one datum.
+    # NaN spreads from whatever reads it. Integers have none; they move on by one datum.
     other = torch.full_like(x, torch.nan) if x.is_floating_point() else x.roll(1, 0)
     values = {name: site.drawn for name, site in trace.guide.items()}
     runs = []
@@ -148,20 +147,20 @@ def _check_reads_x_only_as_obs(pair: Pair, batch: tuple[Tensor, ...], trace: Pai
             same = torch.equal(site.fn.log_prob(value), runs[1][name].fn.log_prob(value))
         if not same:
             raise ValueError(
-                f"the model reads x outside obs=: the distribution at site '{name}' changes with it, so that x is not "
-                "generated and log p(x) means nothing; pass what it needs as a condition"
+                f"the model reads x outside obs=: the distribution at site '{name}' changes with it, and log p(x) "
+                "means nothing; pass the part that it needs as a condition"
             )
 
 
 def _couples(pair: Pair, batch: tuple[Tensor, ...], trace: PairTrace) -> bool:
-    """Score the same latents with copies of the first datum in place of the others: its terms may not change."""
+    """Replace all data by copies of the first, with the same latents; its terms may not change."""
     copies = tuple(tensor[:1].expand_as(tensor) for tensor in batch)
     values = {name: site.drawn for name, site in trace.guide.items()}
     first = []
     for data in (batch, copies):
         with pyro.validation_enabled(False):
             first.append(torch.stack([term[..., 0].squeeze() for term in _rescored(pair, data, values)]))
-    # Products over another batch may be summed in another order: a few hundred roundings.
+    # A matmul over another batch may sum in another order: a few hundred roundings.
     eps = 1000 * torch.finfo(first[0].dtype).eps
     return not torch.allclose(first[0], first[1], rtol=eps, atol=eps, equal_nan=True)
 
@@ -169,8 +168,8 @@ def _couples(pair: Pair, batch: tuple[Tensor, ...], trace: PairTrace) -> bool:
 def _rescored(pair: Pair, batch: tuple[Tensor, ...], values: dict[str, Tensor]) -> list[Tensor]:
     """Return both programs' log-densities, site by site, at given latents.
 
-    A flow without an inverse scores its own draws only: the guide then draws again, from one seed, so that the first
-    datum has the same noise whatever the others are.
+    A flow without an inverse scores only its latest draws. The guide then draws again from one seed, and the first
+    datum has the same noise in every batch.
     """
     for latents in (values, None):
         torch.manual_seed(0)
@@ -186,10 +185,8 @@ def _rescored(pair: Pair, batch: tuple[Tensor, ...], values: dict[str, Tensor]) 
     return terms + [site.log_prob for site in model.values()]
 
 
-def _untrainable(pair: Pair, batch: tuple[Tensor, ...]) -> list[Finding]:
+def _untrainable(trace: PairTrace) -> list[Finding]:
     findings = []
-    with rehearsal(pair):
-        trace = trace_pair(pair, *batch)
     for name, site in trace.guide.items():
         if site.is_reparameterised:
             continue
@@ -207,35 +204,20 @@ def _untrainable(pair: Pair, batch: tuple[Tensor, ...]) -> list[Finding]:
 def _without_gradient(pair: Pair, batch: tuple[Tensor, ...]) -> list[Finding]:
     if not any(parameter.requires_grad for parameter in pair.parameters()):
         return []
-    flags = {module: module.training for module in pair.modules()}
-    kept = {parameter: parameter.grad for parameter in pair.parameters()}
+    saved = {parameter: parameter.grad for parameter in pair.parameters()}
     try:
-        pair.eval()
         pair.zero_grad()
         with torch.enable_grad():
             log_terms(pair, *batch).log_weights.sum().backward()
         idle = [n for n, p in pair.named_parameters() if p.requires_grad and p.grad is None]
     finally:
-        for module, flag in flags.items():
-            module.training = flag
-        for parameter, gradient in kept.items():
+        for parameter, gradient in saved.items():
             parameter.grad = gradient
     return [Finding("not trainable this way", n, "this parameter gets no gradient: use it or remove it") for n in idle]
 
 
-def _coupled_in_training(pair: Pair, batch: tuple[Tensor, ...]) -> list[Finding]:
-    """Look for coupling in training mode: BatchNorm, batch-optimal scales."""
-    buffers = {name: value.clone() for name, value in pair.state_dict().items()}
-    flags = {module: module.training for module in pair.modules()}
-    try:
-        pair.train()
-        with torch.no_grad():
-            coupled = _couples(pair, batch, trace_pair(pair, *batch))
-    finally:
-        pair.load_state_dict(buffers)
-        for module, flag in flags.items():
-            module.training = flag
-    if not coupled:
+def _coupled_in_training(pair: Pair, batch: tuple[Tensor, ...], trace: PairTrace) -> list[Finding]:
+    if not _couples(pair, batch, trace):
         return []
     message = (
         "in training mode one datum's terms change with the others of its batch (BatchNorm, a batch-optimal scale): "

@@ -1,4 +1,4 @@
-"""Vectors of categorical variables, each a one-hot row: their mass, its relaxation, a prior."""
+"""One-hot rows: a prior, and the relaxation for a guide."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ __all__ = ["GumbelSoftmax", "OneHotPrior"]
 
 
 class OneHotPrior(nn.Module):
-    """Hold p(z) = Π_g Categorical(π_g), uniform or given; it knows its sizes.
+    """Return p(z) = Π_g Categorical(π_g), uniform or given.
 
     Args:
         groups: G, number of categorical variables.
         categories: C, values of each.
-        probabilities: π, (G, C) or (C,) for all groups; uniform without them.
+        probabilities: π, (G, C), or (C,) for all groups; uniform without them.
 
     Raises:
-        ValueError: for sizes below one (categories: two), and probabilities that are not positive or whose rows do not
-            sum to one.
+        ValueError: for G < 1, C < 2, and probabilities that are not positive or do not sum to one.
 
     >>> OneHotPrior(20, 10)().log_prob(torch.eye(10).repeat(2, 1))
     tensor(-46.0517)
@@ -54,14 +53,14 @@ class OneHotPrior(nn.Module):
 
 
 class GumbelSoftmax(nn.Module):
-    """Relax one-hot rows at a temperature τ, constant or annealed, so that their draws have gradients.
+    """Relax one-hot rows at a temperature τ: their draws then have gradients.
 
     Args:
         temperature: τ > 0, a number or an :class:`~pyro_vae.Annealed` one.
-        straight_through: whether draws are rounded to one-hot rows and keep the relaxed draws' gradients.
+        straight_through: round draws to one-hot rows, with the relaxed draws' gradients.
 
     Raises:
-        ValueError: for a temperature that is, or will be, not positive.
+        ValueError: for a temperature that is not positive at its start or end.
 
     Reference:
         Jang, Gu and Poole (2017), Categorical reparameterization with Gumbel-softmax, ICLR; Maddison, Mnih and Teh
@@ -77,7 +76,7 @@ class GumbelSoftmax(nn.Module):
         if not min(self.temperature.start, self.temperature.end) > 0:
             raise ValueError(
                 f"temperature goes from {self.temperature.start} to {self.temperature.end}; it must be positive: "
-                "one-hot draws without a relaxation are had by leaving it out"
+                "for one-hot draws, leave the relaxation out"
             )
         self.straight_through = straight_through
 

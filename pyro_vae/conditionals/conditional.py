@@ -17,15 +17,19 @@ class Head(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def num_outputs(self, event_shape: Sequence[int]) -> int:
-        """Return how many numbers the network must produce for one event."""
+        """Return the number of network outputs for one event."""
 
     @abc.abstractmethod
     def forward(self, outputs: Tensor, event_shape: Sequence[int]) -> Any:
-        """Return the distribution with batch shape (…) for outputs (…, num_outputs) or (…, k C, H, W)."""
+        """Return the distribution, batch (…), for outputs (…, num_outputs) or (…, k C, H, W)."""
 
 
 def blocks(outputs: Tensor, event_shape: Sequence[int], count: int) -> tuple[Tensor, ...]:
-    """Split outputs, flat or images with ``count`` blocks of channels, into tensors of the event's shape."""
+    """Split outputs, flat or with ``count`` blocks of channels, into tensors of the event's shape.
+
+    Raises:
+        ValueError: for outputs of another size.
+    """
     event_shape = tuple(event_shape)
     image = (count * event_shape[0], *event_shape[1:])
     if tuple(outputs.shape[-len(image) :]) == image:
@@ -45,10 +49,11 @@ class Conditional(nn.Module):
 
     Args:
         network: maps the context to ``head.num_outputs(event_shape)`` numbers.
-        head: what distribution they parametrise.
+        head: turns these numbers into a distribution.
         event_shape: shape of one event.
 
-    >>> conditional = Conditional(nn.Linear(3, 8), DiagonalGaussian(), (4,))
+    >>> import torch, pyro_vae as pv
+    >>> conditional = Conditional(nn.Linear(3, 8), pv.DiagonalGaussian(), (4,))
     >>> conditional(torch.zeros(5, 3)).batch_shape, conditional(torch.zeros(5, 3)).event_shape
     (torch.Size([5]), torch.Size([4]))
     """

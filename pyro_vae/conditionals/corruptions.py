@@ -1,6 +1,6 @@
-"""Noise on data, as modules that map x to the distribution of a corrupted x̃.
+"""Corruptions: modules that map x to the distribution of a noisy x̃.
 
-``domain`` says which data a corruption takes.
+``domain`` is the constraint on data that a corruption takes.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ __all__ = ["BitFlip", "GaussianNoise"]
 
 
 class BitFlip(nn.Module):
-    """Flip every bit with a probability: salt-and-pepper noise of twice that density. Grays are first drawn as bits.
+    """Flip every bit with a probability. Gray values are first drawn as bits.
+
+    It is salt-and-pepper noise of twice this density.
 
     Args:
-        probability: from 0, which changes no bit, to 1; 0.5 leaves nothing of x.
+        probability: 0 to 1; 0 changes no bit, and 0.5 makes x̃ independent of x.
 
     Raises:
         ValueError: for a number outside [0, 1].
@@ -44,7 +46,7 @@ class GaussianNoise(nn.Module):
     """Add N(0, s² I) to real data.
 
     Args:
-        scale: s, at least 0, which adds nothing.
+        scale: s ≥ 0; 0 adds nothing.
 
     Raises:
         ValueError: for a negative or infinite scale.

@@ -1,11 +1,10 @@
-"""Normalising flows in posteriors and priors: Pyro's transforms as layers of a guide's head, or of a prior.
+"""Normalising flows in posteriors and priors, with Pyro's transforms as layers.
 
     z = f_T(… f_1(z₀) …),   log q(z) = log q₀(z₀) − Σ_t log |det ∂f_t / ∂z_{t−1}|
 
-A layer is one of Pyro's modules, ``pyro.distributions.transforms``: a ``TransformModule`` with parameters of its own,
-such as ``affine_coupling(20)``, or a ``ConditionalTransformModule``, such as ``conditional_planar(20, 16)``, whose
-parameters a network gives for each datum. Every call builds its transforms afresh around the modules' parameters, so
-that nothing of one draw is kept for another.
+A layer is a module of ``pyro.distributions.transforms``. A ``TransformModule``, e.g. ``affine_coupling(20)``, has
+parameters. A ``ConditionalTransformModule``, e.g. ``conditional_planar(20, 16)``, takes them from a network for each
+datum. Every call builds new transforms around the modules' parameters: they cache nothing between draws.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ __all__ = ["FlowPosterior", "FlowPrior"]
 
 
 class _Flow(nn.ModuleList):
-    """Layers of a flow on vectors, from the base outwards."""
+    """Layers of a flow on vectors, in order from the base."""
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         for layer in layers:
@@ -42,7 +41,7 @@ class _Flow(nn.ModuleList):
         super().__init__(layers)
 
     def transforms(self, context: Tensor | None = None) -> list[Transform]:
-        """Return new transforms around the layers' parameters, those of conditional layers at the context."""
+        """Return new transforms around the layers' parameters; conditional layers take the context."""
         return [
             layer.condition(context) if isinstance(layer, ConditionalTransformModule) else _fresh(layer)
             for layer in self
@@ -50,14 +49,14 @@ class _Flow(nn.ModuleList):
 
 
 def _fresh(layer: Any) -> Any:
-    """Return a transform that shares the layer's parameters but not what it remembers of its latest draw.
+    """Return a transform that shares the layer's parameters, but not its cache of the latest draw.
 
-    A memory would tie one density to another's draw, and no recording of a step could follow it.
+    A cache would tie one density to another draw, and a captured step could not replay it.
     """
     new = copy.copy(layer)
     for name, value in vars(layer).items():
         if isinstance(value, MethodType) and value.__self__ is layer:
-            # Some transforms keep one of their own methods as an attribute.
+            # Some transforms store a bound method as an attribute.
             vars(new)[name] = MethodType(value.__func__, new)
     parts = {name: _fresh(part) if isinstance(part, Transform) else part for name, part in layer._modules.items()}
     vars(new)["_modules"] = parts
@@ -68,15 +67,16 @@ class FlowPosterior(Head):
     """Return N(μ, diag σ²) under a flow, over a vector: a guide's head.
 
     Args:
-        layers: Pyro's transform modules, from the Gaussian outwards; none leaves the Gaussian as it is.
-        context: how many numbers of the network's output the conditional layers see.
+        layers: Pyro's transform modules, in order from the Gaussian; none gives the Gaussian.
+        context: number of network outputs for the conditional layers.
 
     Raises:
-        ValueError: for layers that are no transform modules, and conditional ones without a context.
+        ValueError: for layers that are no transform modules, and conditional layers without a context.
 
     Reference:
         Rezende and Mohamed (2015), Variational inference with normalizing flows, ICML.
 
+    >>> from pyro.distributions import transforms
     >>> head = FlowPosterior([transforms.conditional_planar(3, 4) for _ in range(2)], context=4)
     >>> head.num_outputs((3,)), head(torch.zeros(5, 10), (3,)).rsample().shape
     (10, torch.Size([5, 3]))
@@ -106,23 +106,25 @@ class FlowPosterior(Head):
 
 
 class FlowPrior(nn.Module):
-    """Return N(0, I) under a flow, over (size,): a prior, which must score points that it did not draw.
+    """Return N(0, I) under a flow, over (size,): a prior.
 
-    An autoregressive layer is turned round, so that its density takes one pass and its draws ``size`` of them: affine
-    ones then make a masked autoregressive flow.
+    A prior scores points that it did not draw, and needs layers with an inverse. An autoregressive layer is inverted:
+    its density then takes one pass, a draw ``size`` passes. Affine ones make a masked autoregressive flow.
 
     Args:
         size: L.
-        layers: Pyro's transform modules, from N(0, I) outwards.
+        layers: Pyro's transform modules, in order from N(0, I).
 
     Raises:
-        ValueError: for a flow that has no inverse, with those that have; for conditional layers, and layers made for
+        ValueError: for a layer without an inverse, naming layers that have one; for conditional layers, and layers of
             another size.
 
     Reference:
         Dinh, Sohl-Dickstein and Bengio (2017), Density estimation using Real NVP, ICLR; Papamakarios, Pavlakou and
         Murray (2017), Masked autoregressive flow for density estimation, NeurIPS.
 
+    >>> from pyro.distributions import transforms
+    >>> from pyro_vae.distributions import Reversal
     >>> prior = FlowPrior(4, [transforms.affine_coupling(4), Reversal(4), transforms.affine_coupling(4)])
     >>> prior().log_prob(torch.zeros(5, 4)).shape
     torch.Size([5])

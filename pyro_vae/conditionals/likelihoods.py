@@ -1,4 +1,4 @@
-"""Heads of p(x | z): networks' outputs turned into distributions of data."""
+"""Heads of p(x | z): they turn network outputs into distributions of data."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class ContinuousBernoulli(Head):
 
 
 class Gaussian(Head):
-    """Return N(x; x̂, γ² I), the decoder noise γ fixed, learned or batch-optimal.
+    """Return N(x; x̂, γ² I), with fixed, learned or batch-optimal decoder noise γ.
 
     Args:
         scale: a :class:`FixedScale`, :class:`LearnedScale` (the default) or :class:`BatchOptimalScale`.
@@ -63,10 +63,10 @@ class Gaussian(Head):
 
 
 class DiscretisedLogistic(Head):
-    """Return a logistic's mass on the data's own gray levels, location and scale from the network.
+    """Return a logistic's mass on the data's gray levels, location and scale from the network.
 
     Args:
-        levels: number of equally spaced levels from 0 to 1: 256 for 8-bit images, 17 for scikit-learn's digits.
+        levels: number of equally spaced levels from 0 to 1, e.g. 256 for 8-bit images, 17 for scikit-learn's digits.
     """
 
     def __init__(self, levels: int) -> None:

@@ -1,4 +1,4 @@
-"""Heads of q(z | x): networks' outputs turned into Gaussians."""
+"""Heads of q(z | x): they turn network outputs into Gaussians."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class DiagonalGaussian(Head):
 
 
 class FullGaussian(Head):
-    """Return N(b, A Aᵀ) over a vector, z = b + A ε with A lower triangular and its diagonal positive."""
+    """Return N(b, A Aᵀ) over a vector: z = b + A ε, A lower triangular with a positive diagonal."""
 
     def num_outputs(self, event_shape: Sequence[int]) -> int:
         (size,) = event_shape
@@ -52,9 +52,9 @@ class FullGaussian(Head):
 
 
 class FreeGaussian(nn.Module):
-    """Return q(z | i) = N(μ_i, diag σ_i²), parameters of its own for every training datum i: no amortisation.
+    """Return q(z | i) = N(μ_i, diag σ_i²), with separate parameters for each training datum i: no amortisation.
 
-    The datum's index is a condition of the pair: train with ``fit(pair, (x, torch.arange(len(x))))``.
+    Train with ``fit(pair, (x, torch.arange(len(x))))``: the datum's index is a condition of the pair.
 
     Args:
         num_data: N.

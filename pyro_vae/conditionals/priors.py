@@ -34,12 +34,12 @@ class MixtureOfGaussians(nn.Module):
     Args:
         components: number of Gaussians.
         size: event size.
-        weights, means, scales: starting values, (components,), (components, size), (components, size); without them
+        weights, means, scales: starting values, (components,), (components, size), (components, size). Defaults are
             equal weights, means drawn from N(0, I), unit scales.
-        learned: whether the three are parameters; else they stay as given.
+        learned: whether the three are parameters; else they are constant.
 
     Raises:
-        ValueError: for values of another shape, weights that are not positive, scales that are not positive.
+        ValueError: for values of another shape, and for weights or scales that are not positive.
 
     >>> prior = MixtureOfGaussians(10, 4)
     >>> prior.responsibilities(torch.zeros(5, 4)).shape
@@ -87,7 +87,7 @@ class MixtureOfGaussians(nn.Module):
             u: (…, size).
 
         Returns:
-            (…, components), each row sums to one.
+            (…, components); each row sums to one.
         """
         log_joint = self.logits.log_softmax(-1) + self.component_distribution().log_prob(u.unsqueeze(-2))
         return log_joint.softmax(-1)

@@ -1,4 +1,4 @@
-"""A Gaussian likelihood's standard deviation γ: fixed, learned, or the optimum of each batch."""
+"""The standard deviation γ of a Gaussian likelihood: fixed, learned, or optimal for each batch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["BatchOptimalScale", "FixedScale", "LearnedScale", "Scale"]
 
 
 class Scale(nn.Module, abc.ABC):
-    """A Gaussian likelihood's standard deviation γ, broadcast against the mean."""
+    """The standard deviation γ of a Gaussian likelihood, broadcast against the mean."""
 
     @abc.abstractmethod
     def forward(self) -> Tensor:
@@ -28,12 +28,12 @@ class Scale(nn.Module, abc.ABC):
         return dist.Normal(loc, self())
 
     def monitor(self) -> float:
-        """Return γ, averaged over its entries, for the training record."""
+        """Return γ, averaged over its entries, for the record of an epoch."""
         return float(self().detach().mean())
 
 
 class FixedScale(Scale):
-    """Keep γ as given.
+    """Fix γ.
 
     >>> FixedScale(0.1)()
     tensor(0.1000)
@@ -53,12 +53,12 @@ class FixedScale(Scale):
 
 
 class LearnedScale(Scale):
-    """Learn γ = (floor² + e^{2r})^½, one for all entries, per channel, or per pixel.
+    """Learn γ = (floor² + e^{2r})^½, for all entries, per channel, or per pixel.
 
     Args:
-        initial: γ at the start; the data's own standard deviation is a good one.
+        initial: γ at the start, e.g. the standard deviation of the data.
         shape: () for one γ, (C, 1, 1) for one per channel, the event's shape for one per pixel.
-        floor: the smooth lower limit that keeps a perfect reconstruction from driving the loss to −∞.
+        floor: smooth lower limit; without it a perfect reconstruction drives the loss to −∞.
 
     Raises:
         ValueError: for an initial value that is not above the floor.
@@ -82,16 +82,16 @@ class LearnedScale(Scale):
 
     @torch.no_grad()
     def set(self, value: Tensor) -> None:
-        """Set γ to a value; one at the floor or below becomes the floor, up to rounding."""
+        """Set γ. A value at or below the floor becomes the floor, up to rounding."""
         above = (value**2 - self.floor**2).clamp(min=torch.finfo(value.dtype).eps * self.floor**2)
         self.raw.copy_(0.5 * torch.log(above))
 
 
 class BatchOptimalScale(Scale):
-    """Train with γ² = mean (x − x̂)² of the batch at hand; evaluate with one frozen running average.
+    """Train with γ² = mean (x − x̂)² of each batch; evaluate with a running average.
 
-    The batch's own optimum couples its data and flatters the bound, so evaluation never uses it: in evaluation mode γ²
-    is the exponential average of the training batches' values.
+    In evaluation mode γ² is the exponential average of the training batches' values. If γ is recomputed on each batch,
+    each likelihood depends on the other data points and the ELBO comes out too high.
 
     Args:
         momentum: weight of the newest batch in the average.
@@ -117,7 +117,7 @@ class BatchOptimalScale(Scale):
         return BatchOptimalNormal(loc, self.floor, self._record) if self.training else dist.Normal(loc, self())
 
     def _record(self, variance: Tensor) -> None:
-        # A plain mean of the first batches, so that the arbitrary starting value is forgotten at once.
+        # A plain mean of the first batches: the arbitrary starting value has no weight.
         self.seen += 1
         weight = torch.clamp(1 / self.seen, min=self.momentum)
         self.variance += weight * (variance - self.variance)

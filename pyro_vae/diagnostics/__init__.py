@@ -1,1 +1,1 @@
-"""What the latents of a trained pair carry, and where a bound is lost."""
+"""Diagnostics of a trained pair: collapse, information, inference gap, disentanglement, and export to ArviZ."""

@@ -1,8 +1,7 @@
-"""What ArviZ reads: a pair's latents, weights, predictions and data with named dimensions, and models to compare."""
+"""Export to ArviZ: latents, weights, predictions and data with named dimensions, and models to compare."""
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,20 +9,20 @@ import torch
 from torch import Tensor
 
 from pyro_vae._version import __version__
+from pyro_vae.diagnostics.arviz_containers import elpd_data, inference_data
 from pyro_vae.likelihood.estimate import LogLikelihood
 from pyro_vae.likelihood.psis import trust_threshold
 from pyro_vae.likelihood.weights import WeightStream, WeightSummary
 from pyro_vae.pair.inspection import inspect
-from pyro_vae.pair.modes import device_of, evaluation, to_pair
+from pyro_vae.pair.modes import chunks, drawing, to_pair
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.site import DATA, PARTICLES, Site
 from pyro_vae.pair.trace import PairTrace, run_model, trace_pair
 from pyro_vae.runtime.memory import MEBIBYTE, chunk_sizes
-from pyro_vae.runtime.random_state import own_random_state
 
 __all__ = ["to_arviz", "to_elpd"]
 
-# An event of three axes is an image, as everywhere in the package.
+# An event with three axes is an image, here as in the networks.
 IMAGE_AXES = ("channel", "row", "column")
 
 
@@ -35,44 +34,42 @@ def to_arviz(
     memory: int = 512 * MEBIBYTE,
     seed: int | None = None,
 ) -> Any:
-    """Draw each datum's latents from its posterior and hand them to ArviZ, with their weights and predictions.
+    """Draw latents from p(z | x) by resampling, and export them to ArviZ with weights and predictions.
 
     z_k ~ q(z | x), k = 1 … K;   draws are particles resampled with probabilities w_k / Σ w, w_k = p(x, z_k)/q(z_k | x)
 
-    ``posterior`` therefore follows p(z | x), and not the guide, wherever the weights are reliable: see each datum's
-    ``pareto_k`` in ``sample_stats`` (trusted up to ``pareto_k_threshold``). Resampling is systematic: under equal
-    weights no particle is drawn twice. Draws keep the order of their particles, so that one that is drawn often shows
-    as autocorrelation, which ArviZ's ``ess`` and ``mcse`` count. Where the guide fixes a site to a point mass the
-    posterior is that of the other latents given the fixed one, which is found in ``constant_data``.
+    ``posterior`` follows p(z | x), not the guide, if the weights are reliable. Check ``pareto_k`` in ``sample_stats``:
+    trust a datum up to ``pareto_k_threshold``. Resampling is systematic: under equal weights no particle is drawn
+    twice. Draws are in the order of their particles. A particle drawn several times then shows as autocorrelation,
+    which ArviZ's ``ess`` and ``mcse`` count. If the guide fixes a site to a point mass, ``constant_data`` holds that
+    site, and ``posterior`` is conditional on it.
 
-    ``log_likelihood`` holds the estimate of log p(x_i), with the latents integrated out, equal for all draws. It is
-    what ``loo`` needs: given the parameters the data are independent, and p(x_i | all other data) is p(x_i). Of
-    log p(x_i | z_i) at the datum's own latents, ``loo`` would make the harmonic mean of likelihoods, whose variance is
-    infinite as soon as x_i tells as much about z_i as its prior does. The parameters are taken as known, so that only
-    data they were not fitted to say how a model predicts. Compare models through :func:`to_elpd`; called on what is
-    returned here, ArviZ's ``loo`` gives the same sum, but takes equal weights for a tail: it reports k̂ = ∞, or from
-    ArviZ 1 on refuses.
+    Compare models by :func:`to_elpd`, on data that the parameters were not fitted to. ``log_likelihood`` holds the
+    estimate of log p(x_i), with the latents integrated out, equal for all draws. ``loo`` needs this quantity: given the
+    parameters the data are independent, and p(x_i | all other data) is p(x_i). From log p(x_i | z_i) ``loo`` would take
+    a harmonic mean of likelihoods. Its variance is infinite as soon as x_i tells as much about z_i as the prior does.
+    ArviZ's ``loo`` on this export gives the same sum, but sees a tail in equal weights: it reports k̂ = ∞, and ArviZ 1
+    raises an error.
 
     Args:
         pair: any pair.
         batch: ``x`` (B, …) and the pair's conditions.
         num_particles: K, draws of the guide per datum.
         num_draws: S, draws of the posterior per datum, at most K.
-        memory: bytes that the tensors of a chunk may take, as in :func:`~pyro_vae.log_likelihood`; what is returned
-            comes on top.
+        memory: bytes for a chunk of data and particles, beside the result.
         seed: of the draws; fresh entropy without one.
 
     Returns:
         An ``arviz.InferenceData``, with ArviZ 1 an ``xarray.DataTree``, of one chain. Dimensions are ``chain`` (1),
-        ``draw`` (S), ``datum`` (B), and a site's own: ``z_dim_0`` for a vector, ``x_channel``, ``x_row``, ``x_column``
-        for an image. Its groups:
+        ``draw`` (S), ``datum`` (B), and those of each site: ``z_dim_0`` for a vector, ``x_channel``, ``x_row``,
+        ``x_column`` for an image. Its groups:
 
         * ``posterior``: each latent site;
-        * ``posterior_predictive``: x drawn anew at each draw of the latents;
-        * ``log_likelihood``: log p(x), in nats, or what else the attribute ``quantity`` says;
+        * ``posterior_predictive``: x drawn at each draw of the latents;
+        * ``log_likelihood``: log p(x), in nats, or the quantity named by the attribute ``quantity``;
         * ``sample_stats``: ``log_weights`` (particle_index, datum) in nats; ``particle`` (chain, draw, datum), the
-          index of the one that a draw is; per datum ``pareto_k``, ``ess`` and ``standard_error`` (of log p(x), nats);
-        * ``observed_data``, and ``constant_data`` for conditions and fixed sites where there are any.
+          index of each draw's particle; per datum ``pareto_k``, ``ess`` and ``standard_error`` (of log p(x), nats);
+        * ``observed_data``, and ``constant_data`` for conditions and fixed sites, if any.
 
     Raises:
         ValueError: for bad data, S outside 1 … K, and data that no particle explains.
@@ -93,35 +90,35 @@ def to_arviz(
             "one and no more than there are"
         )
     quantity = inspect(pair, batch).quantity
-    device, batch = device_of(pair), to_pair(pair, batch)
-    with evaluation(pair), torch.inference_mode(False), torch.no_grad(), own_random_state(seed, device):
+    batch = to_pair(pair, batch)
+    with drawing(pair, seed):
         exporter = _Exporter(pair, num_particles, num_draws)
         data, exporter.chunk = chunk_sizes(exporter.propose, batch, num_particles, memory)
-        parts = []
-        for rows in torch.arange(len(batch[0]), device=device).split(data):
-            parts.append(exporter.export(tuple(tensor[rows] for tensor in batch), int(rows[0])))
-    return _assemble(_groups(parts, batch[1:], num_particles, quantity))
+        parts = [exporter.export(chunk, i * data) for i, chunk in enumerate(chunks(batch, data))]
+    return inference_data(_groups(parts, batch[1:], num_particles, quantity))
 
 
 def to_elpd(log_likelihood: LogLikelihood) -> Any:
-    """Hand held-out log-likelihoods to ArviZ's ``compare`` and ``plot_khat``, as an expected log predictive density.
+    """Export held-out log-likelihoods to ArviZ, as an expected log predictive density.
 
-    elpd = Σ_i log p(x_i),   standard error √(B Var_i log p(x_i));   of two models' difference by its paired terms
+    elpd = Σ_i log p(x_i),   standard error √(B Var_i log p(x_i))
 
-    With the parameters known and latents of its own for every datum, leaving a datum out changes nothing about the
-    others: its leave-one-out predictive density is p(x_i), the effective number of parameters 0. The k̂ reported is
-    that of the importance weights behind each log p(x_i). Monte Carlo errors are not part of ArviZ's standard errors;
-    see ``LogLikelihood.mean_monte_carlo_error``.
+    Pass the results of several models to ArviZ's ``compare``; it takes the error of a difference from paired terms.
+    ``plot_khat`` shows k̂ of the importance weights behind each log p(x_i). ArviZ's standard errors leave out the Monte
+    Carlo error: see ``LogLikelihood.mean_monte_carlo_error``.
+
+    The parameters are known and every datum has separate latents. The leave-one-out predictive density of a datum is
+    therefore p(x_i), and the effective number of parameters is 0.
 
     Args:
-        log_likelihood: of data that the parameters were not fitted to; the same data, in the same order, for all
-            models that are to be compared.
+        log_likelihood: of data that the parameters were not fitted to. Use the same data, in the same order, for all
+            models in a comparison.
 
     Returns:
-        ArviZ's ``ELPDData``. One that was made from a lower bound on log p(x) can only be better than it says.
+        ArviZ's ``ELPDData``. From a lower bound on log p(x) it is a lower bound too.
 
     Raises:
-        ValueError: for a joint density such as "log p(x, y)", which is no density of x.
+        ValueError: for a joint density, e.g. "log p(x, y)": it is no density of x.
 
     >>> import pyro_vae as pv
     >>> pair = pv.models.LinearGaussianVAE(4, 2)
@@ -147,18 +144,18 @@ def to_elpd(log_likelihood: LogLikelihood) -> Any:
         "scale": "log",
         "good_k": log_likelihood.threshold,
     }
-    return _elpd_data(float(terms.sum()), xarray.DataArray(terms, dims="datum", name="loo_i"), fields)
+    return elpd_data(float(terms.sum()), xarray.DataArray(terms, dims="datum", name="loo_i"), fields)
 
 
 class _Named(NamedTuple):
-    """A tensor with its axes' names, "datum" among them."""
+    """A tensor with the names of its axes."""
 
     value: Tensor
     dims: tuple[str, ...]
 
 
 class _Part(NamedTuple):
-    """What b data contribute: tensors by site, log-weights (K, b), the particle that each draw is (S, b)."""
+    """The export of b data: tensors by site, log-weights (K, b), the particle of each draw (S, b)."""
 
     posterior: dict[str, _Named]
     predictive: dict[str, _Named]
@@ -170,7 +167,7 @@ class _Part(NamedTuple):
 
 
 class _Exporter:
-    """Draws particles of the guide, resamples them and predicts from them, ``chunk`` at a time."""
+    """Draw particles of the guide, resample them and predict from them, ``chunk`` particles at a time."""
 
     def __init__(self, pair: Pair, num_particles: int, num_draws: int) -> None:
         self.pair, self.num_particles, self.num_draws, self.chunk = pair, num_particles, num_draws, 1
@@ -181,7 +178,7 @@ class _Exporter:
         return trace, trace.terms.log_weights
 
     def export(self, batch: tuple[Tensor, ...], first: int) -> _Part:
-        """Return everything about some data, the first of which has this index among all."""
+        """Return the export of some data, of which the first has index ``first``."""
         stream = WeightStream(len(batch[0]), self.num_particles, batch[0].device)
         values: dict[str, list[Tensor]] = {}
         parts = []
@@ -195,7 +192,7 @@ class _Exporter:
         if (bad := ~torch.isfinite(summary.log_mean)).any():
             raise ValueError(
                 f"all {self.num_particles} weights of datum {first + int(bad.nonzero()[0])} are zero, infinite or NaN: "
-                "no draw of the guide explains it; pv.log_likelihood on that datum alone says what is wrong"
+                "no draw of the guide explains it; run pv.log_likelihood on that datum alone to see the reason"
             )
         log_weights = torch.cat(parts)
         particle = _resample(log_weights, self.num_draws)
@@ -215,7 +212,7 @@ class _Exporter:
         return [min(self.chunk, total - start) for start in range(0, total, self.chunk)]
 
     def _predict(self, batch: tuple[Tensor, ...], draws: dict[str, Tensor], trace: PairTrace) -> dict[str, _Named]:
-        """Draw what is observed anew, given the latents."""
+        """Draw the observed sites given the latents."""
         found: dict[str, list[Tensor]] = {}
         start = 0
         for size in self._chunks(self.num_draws):
@@ -228,18 +225,18 @@ class _Exporter:
 
 
 def _resample(log_weights: Tensor, num_draws: int) -> Tensor:
-    """Return which particle each draw is, (S, B), from log-weights (K, B): systematic, one offset for each datum."""
+    """Resample particles systematically, with one offset per datum: (S, B) indices for log-weights (K, B)."""
     cumulative = log_weights.softmax(0).cumsum(0)
     steps = torch.arange(num_draws, dtype=cumulative.dtype, device=cumulative.device).unsqueeze(-1)
     offset = torch.rand(cumulative.shape[1], dtype=cumulative.dtype, device=cumulative.device)
-    # Scaled to the sum as rounding left it, so that every point lies below the last particle's end.
+    # Scaled by the rounded sum: every point then lies below the end of the last particle.
     points = (steps + offset) / num_draws * cumulative[-1]
     found = torch.searchsorted(cumulative.mT.contiguous(), points.mT.contiguous(), right=True).mT
     return found.clamp(max=len(cumulative) - 1)
 
 
 def _named(value: Tensor, site: Site) -> _Named:
-    """Name the axes of a value laid out as the site's own: draws, data, the pair's plates, the event."""
+    """Name the axes of a value that is laid out as the site's: draws, data, other plates, event."""
     names = {PARTICLES: "draw", DATA: "datum"}
     count = len(site.fn.event_shape)
     event = IMAGE_AXES if count == 3 else [f"dim_{i}" for i in range(count)]
@@ -247,13 +244,13 @@ def _named(value: Tensor, site: Site) -> _Named:
 
 
 def _unvarying(value: Tensor, site: Site) -> _Named:
-    """Name the axes of a value that is the same at every draw, and so has no axis of draws."""
+    """Name the axes of a value that is equal at every draw, without the axis of draws."""
     named = _named(value, site)
     return _Named(named.value[0], named.dims[1:])
 
 
 def _groups(parts: list[_Part], conditions: tuple[Tensor, ...], num_particles: int, quantity: str) -> dict[str, Any]:
-    """Return ArviZ's groups as data sets, all data side by side."""
+    """Return ArviZ's groups as data sets over all data."""
     import xarray
 
     def joined(select: str) -> dict[str, Any]:
@@ -296,41 +293,3 @@ def _groups(parts: list[_Part], conditions: tuple[Tensor, ...], num_particles: i
     return {
         name: group.assign_coords({dim: np.arange(n) for dim, n in group.sizes.items()}) for name, group in sets.items()
     }
-
-
-def _assemble(groups: dict[str, Any]) -> Any:
-    """Return data sets by group as the container of the ArviZ that is installed."""
-    arviz = _arviz()
-    if _is_old(arviz):
-        return arviz.InferenceData(**groups)
-    import xarray
-
-    return xarray.DataTree.from_dict(groups)
-
-
-def _elpd_data(elpd: float, terms: Any, fields: dict[str, Any]) -> Any:
-    """Return the ELPDData of the ArviZ that is installed."""
-    if _is_old(_arviz()):
-        from arviz.stats.stats_utils import ELPDData
-
-        # Its printed form reads the first three entries by position.
-        se = fields.pop("se")
-        return ELPDData({"elpd_loo": elpd, "se": se, "p_loo": 0.0, "loo_i": terms, **fields})
-    from arviz_stats import utils
-
-    if hasattr(utils, "ELPDDataLOO"):
-        return utils.ELPDDataLOO(elpd=elpd, p=0.0, elpd_i=terms, **fields)
-    return utils.ELPDData(kind="loo", elpd=elpd, p=0.0, elpd_i=terms, **fields)
-
-
-def _arviz() -> Any:
-    with warnings.catch_warnings():
-        # ArviZ 0.23 announces its successor when it is imported.
-        warnings.simplefilter("ignore", FutureWarning)
-        import arviz
-    return arviz
-
-
-def _is_old(arviz: Any) -> bool:
-    # Not by name: ArviZ 1 has an InferenceData too, which is xarray's DataTree.
-    return arviz.__version__.startswith("0.")

@@ -1,4 +1,4 @@
-"""How well a clustering agrees with classes that it never saw."""
+"""Agreement of a clustering with classes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def contingency(clusters: Tensor, labels: Tensor) -> Tensor:
         (clusters, classes), whole numbers that sum to N.
 
     Raises:
-        ValueError: for vectors of different lengths, none at all, and negative or fractional indices.
+        ValueError: for vectors of different lengths, empty ones, and negative or fractional indices.
 
     >>> contingency(torch.tensor([0, 0, 1]), torch.tensor([1, 1, 0]))
     tensor([[0, 2],
@@ -39,10 +39,11 @@ def contingency(clusters: Tensor, labels: Tensor) -> Tensor:
 
 
 def clustering_accuracy(clusters: Tensor, labels: Tensor) -> float:
-    """Return the accuracy of the best one-to-one naming of clusters by classes.
+    """Return the accuracy of the best one-to-one assignment of clusters to classes.
 
-    max_π (1/N) Σ_n [label_n = π(cluster_n)], over injections π, by the Hungarian algorithm. Clusters beyond the number
-    of classes stay unnamed and count as wrong.
+    max_π (1/N) Σ_n [label_n = π(cluster_n)],   over injections π, by the Hungarian algorithm
+
+    With more clusters than classes, unassigned clusters count as wrong.
 
     Args:
         clusters: cluster indices, (N,), from 0.

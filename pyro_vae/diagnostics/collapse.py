@@ -1,4 +1,4 @@
-"""What a trained pair does with its latents: how much they carry, which lie idle, which components are used."""
+"""Posterior collapse: divergence of each latent site, inactive units, components in use, decoder noise."""
 
 from __future__ import annotations
 
@@ -13,29 +13,33 @@ from pyro_vae.conditionals.scales import Scale
 from pyro_vae.diagnostics.mutual_information import MutualInformation, mutual_information
 from pyro_vae.distributions.mixtures import GaussianMixture
 from pyro_vae.pair.inspection import inspect
-from pyro_vae.pair.modes import device_of, evaluation, to_pair
+from pyro_vae.pair.modes import chunks, drawing, to_pair
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.site import Site
 from pyro_vae.pair.trace import PairTrace, trace_pair
 from pyro_vae.runtime.memory import CHUNK
-from pyro_vae.runtime.random_state import own_random_state
 
 __all__ = ["CollapseReport", "SiteReport", "collapse_report", "noise_modules"]
 
 # A unit is active when its posterior mean varies over the data by more than this (Burda et al., 2016, section 5.2).
 ACTIVE_VARIANCE = 0.01
-# Nats from log B at which the estimated information is as good as at it.
+# Nats below log B at which the estimated information counts as saturated.
 SATURATED = 0.1
 
 
 class SiteReport(NamedTuple):
-    """One latent site, averaged over data and draws; in nats.
+    """One latent site, averaged over data and draws.
 
-    ``kl`` is E[log q(z | x) − log p(z | …)] and ``kl_standard_error`` its error as an average over data;
-    ``kl_per_dimension`` (L,) splits it in closed form where both are diagonal Gaussians, else None. ``mean_variance``
-    (L,) is the variance of the posterior mean over data and ``active`` (L,) where it exceeds 0.01; None for a discrete
-    site. ``usage`` (C,) are mean responsibilities of a mixture prior's components, or the mean probabilities of a
-    categorical site; ``perplexity`` is exp of their entropy, the number of components in use; None elsewhere.
+    Args:
+        kl: E[log q(z | x) − log p(z | …)], in nats.
+        kl_standard_error: of ``kl`` as an average over data, in nats.
+        kl_per_dimension: the closed-form KL of each dimension, (L,), in nats; None unless guide and prior are diagonal
+            Gaussians.
+        mean_variance: variance of the posterior mean over data, (L,); None for a discrete site.
+        active: True where ``mean_variance`` exceeds 0.01, (L,); None for a discrete site.
+        usage: mean responsibilities of a mixture prior's components, or mean probabilities of a categorical site, (C,);
+            else None.
+        perplexity: exp of the entropy of ``usage``: the number of components in use; else None.
     """
 
     kl: float
@@ -48,11 +52,14 @@ class SiteReport(NamedTuple):
 
 
 class CollapseReport(NamedTuple):
-    """``sites`` by name, what they carry together, and plain ``sentences`` on what it means.
+    """Report on all latent sites, printed as ``sentences``.
 
-    ``mutual_information`` is that of x and all latents under q, a lower bound in expectation; None for a guide that
-    cannot score values which it has not drawn. ``noise`` holds γ, averaged over entries, by data site, where that is
-    Gaussian with a standard deviation that is the same for every datum.
+    Args:
+        sites: by name.
+        mutual_information: of x and all latents under q, a lower bound in expectation; None for a guide that can score
+            only its latest draws.
+        noise: γ averaged over entries, by Gaussian data site with the same standard deviation for all data.
+        sentences: the numbers in words.
     """
 
     sites: dict[str, SiteReport]
@@ -64,7 +71,7 @@ class CollapseReport(NamedTuple):
         return "\n".join(self.sentences)
 
     def record(self) -> dict[str, Any]:
-        """Return the report as numbers, lists and strings, fit for JSON."""
+        """Return the report as numbers, lists and strings for JSON."""
         sites = {name: {k: _plain(v) for k, v in site._asdict().items()} for name, site in self.sites.items()}
         information = self.mutual_information
         return {
@@ -76,12 +83,12 @@ class CollapseReport(NamedTuple):
 
 
 def collapse_report(pair: Pair, *batch: Tensor, num_particles: int = 10, seed: int | None = None) -> CollapseReport:
-    """Report what each latent site carries about the data.
+    """Report the information about x in each latent site, and the sites that have collapsed.
 
-    KL is closed per dimension for diagonal Gaussians, given the draws of earlier sites, and Monte Carlo elsewhere. The
-    variance of the posterior mean is corrected for what a finite number of draws adds to it. The mutual information is
-    estimated with the aggregate posterior of at most 512 of the data, as
-    :func:`~pyro_vae.information.mutual_information` states.
+    For diagonal Gaussians the KL is closed per dimension, given the draws of earlier sites. Otherwise it is a Monte
+    Carlo average. The variance of the posterior mean is corrected for the Monte Carlo variance of that mean. The mutual
+    information uses the aggregate posterior of at most 512 data: see
+    :func:`~pyro_vae.diagnostics.mutual_information.mutual_information`.
 
     Args:
         pair: any pair.
@@ -90,10 +97,10 @@ def collapse_report(pair: Pair, *batch: Tensor, num_particles: int = 10, seed: i
         seed: of the draws; fresh entropy without one.
 
     Returns:
-        :class:`CollapseReport`; sites that the guide fixes to a point mass are data and left out.
+        :class:`CollapseReport`, without sites that the guide fixes to a point mass: they count as data.
 
     Raises:
-        ValueError: for bad data, fewer than two data or particles.
+        ValueError: for bad data, and fewer than two data or particles.
 
     Reference:
         Burda, Grosse and Salakhutdinov (2016), Importance weighted autoencoders, ICLR, for active units; Hoffman and
@@ -109,48 +116,48 @@ def collapse_report(pair: Pair, *batch: Tensor, num_particles: int = 10, seed: i
         raise ValueError(
             f"{len(batch[0])} data and num_particles {num_particles}: variances over data and draws need two of each"
         )
-    device, batch = device_of(pair), to_pair(pair, batch)
-    collected: dict[str, list[_Part]] = {}
+    batch = to_pair(pair, batch)
+    collected: dict[str, list[_PerDatum]] = {}
     noise: dict[str, float] = {}
-    with evaluation(pair), torch.inference_mode(False), torch.no_grad(), own_random_state(seed, device):
-        for rows in torch.arange(len(batch[0]), device=device).split(CHUNK):
-            trace = trace_pair(pair, *(tensor[rows] for tensor in batch), num_particles=num_particles)
+    with drawing(pair, seed):
+        for chunk in chunks(batch, CHUNK):
+            trace = trace_pair(pair, *chunk, num_particles=num_particles)
             for name, site in trace.latents.items():
-                collected.setdefault(name, []).append(_look_at(site, trace.model[name], (num_particles, len(rows))))
-            # Shared by all data, so that the last chunk has it too.
+                collected.setdefault(name, []).append(_measure(site, trace.model[name], (num_particles, len(chunk[0]))))
+            # Equal for all data, and so for every chunk.
             noise = _noise(trace)
         information = mutual_information(pair, batch)
     reports = {name: _summarise(parts, num_particles) for name, parts in collected.items()}
     lines = [line for name, report in reports.items() for line in _describe(name, report)]
-    # A prior that sees the data, through a point mass or a condition, bounds another information than this one.
+    # The KL to a prior that depends on the data, by a point mass or a condition, bounds another information.
     total = sum(report.kl for report in reports.values()) if not trace.point_masses and len(batch) == 1 else None
     lines += _describe_information(information, total) + _describe_noise(noise)
     return CollapseReport(reports, information, noise, tuple(lines))
 
 
 def noise_modules(pair: Pair, *batch: Tensor) -> dict[str, str]:
-    """Return the module that holds γ, such as a :class:`~pyro_vae.LearnedScale`, by the data site that it serves.
+    """Return the name of the module with γ, e.g. a :class:`~pyro_vae.LearnedScale`, for each data site.
 
     Args:
         pair: any pair.
         batch: a few data and their conditions.
 
     Returns:
-        Names as in ``pair.named_modules()``, by site; scales of latent sites are left out.
+        Names as in ``pair.named_modules()``, by data site.
     """
     outputs: dict[str, Tensor] = {}
 
-    def keep(name: str) -> Any:
+    def save(name: str) -> Any:
         return lambda module, inputs, output: outputs.__setitem__(name, output)
 
-    hooks = [m.register_forward_hook(keep(name)) for name, m in pair.named_modules() if isinstance(m, Scale)]
+    hooks = [m.register_forward_hook(save(name)) for name, m in pair.named_modules() if isinstance(m, Scale)]
     try:
-        with evaluation(pair), own_random_state(0, device_of(pair)):
+        with drawing(pair, seed=0):
             trace = trace_pair(pair, *to_pair(pair, tuple(tensor[:2] for tensor in batch)))
     finally:
         for hook in hooks:
             hook.remove()
-    # A distribution keeps an expanded view of the scale that it was given.
+    # The distribution's scale is an expanded view of the module's output.
     return {
         site: module
         for site, fn in ((name, site.bare) for name, site in trace.data_sites.items())
@@ -164,7 +171,7 @@ def _plain(value: Any) -> Any:
 
 
 def _noise(trace: PairTrace) -> dict[str, float]:
-    """Return γ of each data site that is Gaussian with one standard deviation for all data and draws."""
+    """Return γ of each Gaussian data site with one standard deviation for all data and draws."""
     noise = {}
     for name, site in trace.data_sites.items():
         fn = site.bare
@@ -175,18 +182,18 @@ def _noise(trace: PairTrace) -> dict[str, float]:
     return noise
 
 
-class _Part(NamedTuple):
-    """One site on a chunk of b data: KL (b,), per dimension (b, L), mean and variance over draws of the posterior mean
-    (b, L), usage (b, C)."""
+class _PerDatum(NamedTuple):
+    """One site's numbers for b data: KL (b,), KL per dimension (b, L), the posterior mean's mean and variance over
+    draws (b, L), usage (b, C)."""
 
     kl: Tensor
-    per_dimension: Tensor | None
+    kl_per_dimension: Tensor | None
     mean: Tensor | None
     spread: Tensor | None
     usage: Tensor | None
 
 
-def _look_at(guide: Site, model: Site, leading: tuple[int, int]) -> _Part:
+def _measure(guide: Site, model: Site, leading: tuple[int, int]) -> _PerDatum:
     per_dimension = _diagonal_kl(guide.bare, model.bare)
     if per_dimension is not None:
         per_dimension = _by_datum(per_dimension, guide).mean(0)
@@ -204,7 +211,7 @@ def _look_at(guide: Site, model: Site, leading: tuple[int, int]) -> _Part:
         usage = _by_datum(log_joint.softmax(-1), guide, event_dim=1).mean(0)
     elif isinstance(guide.bare, Categorical):
         usage = _by_datum(guide.bare.probs, guide, event_dim=1).mean(0)
-    return _Part(kl, per_dimension, mean, spread, usage)
+    return _PerDatum(kl, per_dimension, mean, spread, usage)
 
 
 def _diagonal_kl(q: Any, p: Any) -> Tensor | None:
@@ -216,7 +223,7 @@ def _diagonal_kl(q: Any, p: Any) -> Tensor | None:
 
 
 def _centre(site: Site) -> Tensor:
-    """Return the posterior's mean, or its draws where no mean is known."""
+    """Return the guide's mean, or its draws if the mean has no closed form."""
     try:
         return site.fn.mean
     except NotImplementedError:
@@ -224,16 +231,14 @@ def _centre(site: Site) -> Tensor:
 
 
 def _by_datum(values: Tensor, site: Site, event_dim: int | None = None) -> Tensor:
-    """Lay values of one number per entry out as (K, B, entries), plates of the pair's own among the entries."""
+    """Lay out one number per entry as (K, B, entries); other plates count as entries."""
     return site.lay_out(values, event_dim).flatten(2)
 
 
-def _summarise(parts: list[_Part], num_particles: int) -> SiteReport:
-    def joined(index: int) -> Tensor | None:
-        tensors = [part[index] for part in parts if part[index] is not None]
-        return torch.cat(tensors).double().cpu() if tensors else None  # type: ignore[arg-type]
-
-    kl, per_dimension, mean, spread, usage = (joined(i) for i in range(5))
+def _summarise(parts: list[_PerDatum], num_particles: int) -> SiteReport:
+    kl, per_dimension, mean, spread, usage = (
+        None if field[0] is None else torch.cat(field).double().cpu() for field in zip(*parts, strict=True)
+    )
     assert kl is not None
     variance = active = None
     if mean is not None and spread is not None:
@@ -258,7 +263,7 @@ def _describe(name: str, report: SiteReport) -> list[str]:
         lines.append(f"{name}: {active} of {size} units active (variance of the posterior mean over data above 0.01).")
         if active == 0:
             lines.append(
-                f"{name}: the guide gives every datum the same posterior mean, so that {name} says nothing about x "
+                f"{name}: the guide gives every datum the same posterior mean, and {name} says nothing about x "
                 "(posterior collapse): train with a warm-up of β or less decoder noise γ."
             )
     if report.usage is not None and report.perplexity is not None:
@@ -277,7 +282,7 @@ def _describe_information(information: MutualInformation | None, kl: float | Non
     text += f" and at most the KL, {kl:.2f}" if kl is not None else ""
     lines = [f"{text} (from {count} data; a lower bound in expectation, of at most log {count} = {limit:.2f})."]
     if limit - value < SATURATED:
-        lines.append("Each draw tells which datum it is of: the information is above what so many data can show.")
+        lines.append("Each draw identifies its datum: the information is above the limit of so many data.")
     return lines
 
 

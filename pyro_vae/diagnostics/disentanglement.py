@@ -1,7 +1,6 @@
-"""How far known factors of variation lie apart in a code: the mutual information gap and the β-VAE metric.
+"""Disentanglement of known factors of variation: the mutual information gap and the β-VAE metric.
 
-Both depend on their estimator, which is therefore part of their definition here; figures found by
-another estimator do not compare.
+Both depend on their estimator, which is part of the definition here. Do not compare numbers of another estimator.
 """
 
 from __future__ import annotations
@@ -11,19 +10,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_vae.pair.checks import check_batch
-from pyro_vae.pair.modes import evaluation, to_pair
+from pyro_vae.pair.inspection import inspect
+from pyro_vae.pair.modes import chunks, evaluation, to_pair
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.site import Site
-from pyro_vae.pair.trace import trace_pair
+from pyro_vae.pair.trace import run_guide
 from pyro_vae.runtime.memory import CHUNK
 
 __all__ = ["MutualInformationGap", "beta_vae_metric", "latent_means", "mutual_information_gap"]
 
 
 class MutualInformationGap(NamedTuple):
-    """``gap``: MIG, from 0 to 1; ``per_factor`` (F,): each factor's; ``information`` (L, F): I(z_l; v_k) in nats;
-    ``entropy`` (F,): H(v_k) in nats."""
+    """The mutual information gap, MIG.
+
+    Args:
+        gap: mean over factors, 0 to 1.
+        per_factor: the gap of each factor, (F,).
+        information: I(z_l; v_k), (L, F), in nats.
+        entropy: H(v_k), (F,), in nats.
+    """
 
     gap: float
     per_factor: Tensor
@@ -32,7 +37,7 @@ class MutualInformationGap(NamedTuple):
 
 
 def latent_means(pair: Pair, *batch: Tensor, site: str = "z") -> Tensor:
-    """Return the guide's mean of a latent vector for each datum: the code that the metrics look at.
+    """Return the guide's mean of a latent vector for each datum, the code for the metrics.
 
     Args:
         pair: any pair.
@@ -43,20 +48,20 @@ def latent_means(pair: Pair, *batch: Tensor, site: str = "z") -> Tensor:
         (N, L).
 
     Raises:
-        ValueError: for bad data, and a site that the guide lacks, that is no vector, or whose mean has no closed form.
+        ValueError: for bad data, and for a site that the guide lacks, that is no vector, or has no closed-form mean.
 
     >>> import pyro_vae as pv
     >>> latent_means(pv.models.VAE((4,), pv.StandardNormal(3)), torch.randn(8, 4)).shape
     torch.Size([8, 3])
     """
-    check_batch(pair, batch)
-    batch, means = to_pair(pair, batch), []
+    guide = inspect(pair, batch).trace.guide
+    if site not in guide:
+        raise ValueError(f"the guide has no site '{site}'; it has {sorted(guide)}")
     with evaluation(pair):
-        for rows in torch.arange(len(batch[0]), device=batch[0].device).split(CHUNK):
-            sites = trace_pair(pair, *(tensor[rows] for tensor in batch)).guide
-            if site not in sites:
-                raise ValueError(f"the guide has no site '{site}'; it has {sorted(sites)}")
-            means.append(_mean(sites[site]).flatten(0, -2))
+        means = [
+            _mean(run_guide(pair, *chunk, num_particles=1)[site]).flatten(0, -2)
+            for chunk in chunks(to_pair(pair, batch), CHUNK)
+        ]
     return torch.cat(means).clone()
 
 
@@ -75,16 +80,16 @@ def _mean(site: Site) -> Tensor:
 
 
 def mutual_information_gap(codes: Tensor, factors: Tensor, bins: int = 20) -> MutualInformationGap:
-    """Return how much more the best latent tells about a factor than the second best does.
+    """Return the gap in information about a factor between the best latent and the second best.
 
     MIG = (1/F) Σ_k [I(z_(1); v_k) − I(z_(2); v_k)] / H(v_k)
 
-    Estimator: each latent is cut into ``bins`` intervals of equal width between its least and greatest value, and all
-    information is that of the resulting table of counts. It is 1 for a code that copies each factor to a latent of its
-    own, and 0 where two latents know each factor equally well, or none does.
+    The estimator cuts the range of each latent into ``bins`` intervals of equal width, and computes information from
+    the table of counts. The gap is 1 for a code that copies each factor to a separate latent. It is 0 if two latents
+    are equally informative about each factor, or none is.
 
     Args:
-        codes: (N, L), such as :func:`latent_means`.
+        codes: (N, L), e.g. :func:`latent_means`.
         factors: indices of the factors' values, (N, F) int64.
         bins: intervals per latent, at least 2.
 
@@ -95,8 +100,8 @@ def mutual_information_gap(codes: Tensor, factors: Tensor, bins: int = 20) -> Mu
         ValueError: for shapes that do not match, codes that are not finite, a factor with one value, bins < 2.
 
     Reference:
-        Chen, Li, Grosse and Duvenaud (2018), Isolating sources of disentanglement in VAEs, NeurIPS; the estimator by
-        bins of means is that of Locatello et al. (2019), Challenging common assumptions, ICML.
+        Chen, Li, Grosse and Duvenaud (2018), Isolating sources of disentanglement in VAEs, NeurIPS; Locatello et al.
+        (2019), Challenging common assumptions, ICML, for the estimator by bins of means.
 
     >>> factors = torch.cartesian_prod(torch.arange(3), torch.arange(4))
     >>> round(mutual_information_gap(-factors.flip(-1).double(), factors).gap, 6)
@@ -104,7 +109,7 @@ def mutual_information_gap(codes: Tensor, factors: Tensor, bins: int = 20) -> Mu
     """
     _check(codes, factors)
     if bins < 2:
-        raise ValueError(f"bins is {bins}; at least 2 tell anything apart")
+        raise ValueError(f"bins is {bins}; it must be at least 2")
     cells = _cut(codes.double(), bins)
     entropy = torch.stack([_entropy(column) for column in factors.unbind(-1)])
     information = torch.stack(
@@ -121,22 +126,22 @@ def mutual_information_gap(codes: Tensor, factors: Tensor, bins: int = 20) -> Mu
 def beta_vae_metric(
     codes: Tensor, factors: Tensor, *, num_votes: int = 500, num_pairs: int = 64, seed: int | None = 0
 ) -> float:
-    """Return how well a linear classifier tells which factor pairs of data share, from how their codes differ.
+    """Return the accuracy of a linear classifier that finds the factor shared by pairs of data from their codes.
 
-    A vote fixes one factor k, draws ``num_pairs`` pairs of data that agree in it, and averages |z − z'| over them; the
-    classifier is to find k. Estimator: ``num_votes`` votes per factor to train a logistic regression on, features
-    standardised by their own mean and deviation, and as many fresh ones to score it on. Chance is 1/F; a code that
-    copies each factor to a latent of its own scores 1.
+    A vote fixes one factor k, draws ``num_pairs`` pairs of data that agree in it, and averages |z − z'| over them. The
+    classifier predicts k. The estimator trains a logistic regression on ``num_votes`` votes per factor, with
+    standardised features, and scores it on as many new votes. Chance is 1/F. A code that copies each factor to a
+    separate latent scores 1.
 
     Args:
-        codes: (N, L), such as :func:`latent_means`.
+        codes: (N, L), e.g. :func:`latent_means`.
         factors: indices of the factors' values, (N, F) int64.
         num_votes: votes per factor, in training and again in scoring.
         num_pairs: pairs per vote.
         seed: of the votes; fresh entropy for None.
 
     Returns:
-        The share of votes that are right.
+        The share of correct votes, 0 to 1.
 
     Raises:
         ValueError: for shapes that do not match, codes that are not finite, a factor with one value, counts below one.
@@ -165,7 +170,7 @@ def beta_vae_metric(
         votes = [_votes(codes.double().cpu(), v.cpu(), num_votes, num_pairs, generator) for v in factors.unbind(-1)]
         sets.append(torch.cat(votes))
     mean, scale = sets[0].mean(0), sets[0].std(0)
-    # A latent that never moves has features that are equal up to rounding, which a division would blow up.
+    # A constant latent has features that differ by rounding alone; a division would blow that up.
     train, test = ((features - mean) / torch.where(scale > 1e-12 * mean, scale, 1.0) for features in sets)
     labels = torch.arange(factors.shape[1]).repeat_interleave(num_votes)
     classifier = LogisticRegression(max_iter=2000).fit(train.numpy(), labels.numpy())
@@ -203,4 +208,4 @@ def _check(codes: Tensor, factors: Tensor) -> None:
         raise ValueError("codes has NaN or infinite values")
     for k, column in enumerate(factors.unbind(-1)):
         if bool((column == column[0]).all()):
-            raise ValueError(f"factor {k} takes one value only, so that nothing can be learned about it: leave it out")
+            raise ValueError(f"factor {k} takes one value only, and nothing can be learned about it: leave it out")

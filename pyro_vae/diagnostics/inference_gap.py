@@ -1,4 +1,4 @@
-"""Where a bound is lost: to the guide's family, or to the encoder that should find its best member."""
+"""The gap log p(x) − ELBO, split into approximation and amortisation."""
 
 from __future__ import annotations
 
@@ -12,28 +12,33 @@ from torch.distributions import MultivariateNormal, Normal
 
 from pyro_vae.likelihood.weights import WeightStream
 from pyro_vae.pair.inspection import inspect
-from pyro_vae.pair.modes import device_of, evaluation, to_pair
+from pyro_vae.pair.modes import chunks, drawing, to_pair
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.site import Site
 from pyro_vae.pair.trace import log_terms, run_model, trace_pair
 from pyro_vae.runtime.memory import CHUNK
-from pyro_vae.runtime.random_state import own_random_state
 
 __all__ = ["InferenceGap", "inference_gap"]
 
-# Particles at a time when the bounds are estimated, and in each step of the refinement.
+# Particles per chunk of an estimate, and per step of the ascent.
 SLICE, STEP_PARTICLES = 50, 8
-# Adam's first step, in units of the guide's own scale; it falls to nought along a half cosine.
+# Adam's first step, in units of the guide's scale; it falls to zero along a half cosine.
 FIRST_STEP = 0.1
 
 
 class InferenceGap(NamedTuple):
     """log p(x) − ELBO per datum and its two parts, each (B,), in nats.
 
-    ``approximation`` is log p(x) less the ELBO of the best member of the guide's family, ``amortisation`` that ELBO
-    less the guide's own; each has its Monte Carlo ``…_error``. ``log_likelihood`` is estimated with the best member as
-    proposal, so that its error is far smaller than the guide's would be; ``pareto_k`` (B,) tells where even so neither
-    it nor the approximation gap is to be trusted, as for :class:`~pyro_vae.LogLikelihood`.
+    Args:
+        log_likelihood: estimate of log p(x), with the best member of the guide's family as proposal.
+        best_elbo: ELBO of that member.
+        elbo: ELBO of the guide.
+        approximation: log p(x) − ``best_elbo``.
+        approximation_error: its Monte Carlo error.
+        amortisation: ``best_elbo`` − ``elbo``.
+        amortisation_error: its Monte Carlo error.
+        pareto_k: of the best member's weights. If it is too large, trust neither ``log_likelihood`` nor
+            ``approximation``; see :class:`~pyro_vae.LogLikelihood`.
     """
 
     log_likelihood: Tensor
@@ -60,26 +65,26 @@ class InferenceGap(NamedTuple):
 def inference_gap(
     pair: Pair, *batch: Tensor, num_particles: int = 1000, steps: int = 1000, seed: int | None = None
 ) -> InferenceGap:
-    """Split log p(x) − ELBO into what the guide's family and what its encoder costs.
+    """Split log p(x) − ELBO into an approximation gap and an amortisation gap.
 
     log p(x) − ELBO(q) = [log p(x) − max_q* ELBO(q*)] + [max_q* ELBO(q*) − ELBO(q)],   q* over the family, per datum
 
-    q* is found by gradient ascent on each datum's own means and scales, started from the guide's. The gradient leaves
-    out the score term, so that it has no noise where q* is the posterior.
+    The first part is due to the guide's family, the second to its encoder. Gradient ascent on each datum's means and
+    scales, from the guide's, finds q*. The gradient leaves out the score term: it has no noise at the posterior.
 
     Args:
-        pair: any pair whose guide is Gaussian at every site, apart from point masses, each given x alone.
+        pair: any pair whose guide is Gaussian or a point mass at every site, given x alone.
         batch: ``x`` (B, …) and the pair's conditions.
         num_particles: K, draws for each of the three bounds.
-        steps: of the ascent.
+        steps: number of steps of the ascent.
         seed: of the draws; fresh entropy without one.
 
     Returns:
         :class:`InferenceGap`.
 
     Raises:
-        ValueError: for bad data, numbers below 2 and 1, a site of another family, and a site whose distribution depends
-            on an earlier draw, for which a best member per datum is not defined.
+        ValueError: for bad data, K < 2, ``steps`` < 1, a site of another family, and a site that depends on an earlier
+            draw: it has no best member per datum.
 
     Reference:
         Cremer, Li and Duvenaud (2018), Inference suboptimality in variational autoencoders, ICML; Roeder, Wu and
@@ -93,11 +98,8 @@ def inference_gap(
     inspect(pair, batch)
     if num_particles < 2 or steps < 1:
         raise ValueError(f"num_particles is {num_particles}, steps {steps}: they must be at least 2 and 1")
-    device, batch = device_of(pair), to_pair(pair, batch)
-    parts = []
-    with evaluation(pair), torch.inference_mode(False), torch.no_grad(), own_random_state(seed, device):
-        for rows in torch.arange(len(batch[0]), device=device).split(CHUNK):
-            parts.append(_split(pair, tuple(tensor[rows] for tensor in batch), num_particles, steps))
+    with drawing(pair, seed):
+        parts = [_split(pair, chunk, num_particles, steps) for chunk in chunks(to_pair(pair, batch), CHUNK)]
     return InferenceGap(*(torch.cat(fields).cpu() for fields in zip(*parts, strict=True)))
 
 
@@ -105,16 +107,16 @@ def _split(pair: Pair, batch: tuple[Tensor, ...], num_particles: int, steps: int
     family = _Family(pair, batch)
     family.improve(steps)
     weights = WeightStream(len(batch[0]), num_particles, batch[0].device)
-    best, own = [], []
+    best, guide = [], []
     for begin in range(0, num_particles, SLICE):
         size = min(SLICE, num_particles - begin)
         best.append(family.log_weights(size).double())
         weights.add(best[-1])
-        own.append(log_terms(pair, *batch, num_particles=size).log_weights.double())
-    best_weights, own_weights = torch.cat(best), torch.cat(own)
+        guide.append(log_terms(pair, *batch, num_particles=size).log_weights.double())
+    best_weights, guide_weights = torch.cat(best), torch.cat(guide)
     summary = weights.summary()
-    best_elbo, elbo = best_weights.mean(0), own_weights.mean(0)
-    best_error, error = (each.std(0) / math.sqrt(num_particles) for each in (best_weights, own_weights))
+    best_elbo, elbo = best_weights.mean(0), guide_weights.mean(0)
+    best_error, error = (each.std(0) / math.sqrt(num_particles) for each in (best_weights, guide_weights))
     log_likelihood = summary.log_mean.to(best_elbo.device)
     return InferenceGap(
         log_likelihood,
@@ -129,19 +131,19 @@ def _split(pair: Pair, batch: tuple[Tensor, ...], num_particles: int, steps: int
 
 
 class _Member:
-    """One site's Gaussian with parameters per datum, in units of the one that the guide gives it."""
+    """A Gaussian for one site with parameters per datum, in units of the guide's scale there."""
 
     def __init__(self, site: Site) -> None:
         base = site.bare
         self.event_dim, self.full = site.fn.event_dim, isinstance(base, MultivariateNormal)
-        # The first of two equal particles, which keeps its place as an axis of one.
+        # The first of two equal particles; the axis stays.
         self.loc = base.loc[:1].clone()
         self.scale = (base.scale_tril if self.full else base.scale)[:1].clone()
         self.shift = torch.zeros_like(self.loc).requires_grad_()
         self.stretch = torch.zeros_like(self.scale).requires_grad_()
 
     def distribution(self, *, fixed: bool) -> Any:
-        """Return the Gaussian, with its parameters out of the graph where ``fixed``."""
+        """Return the Gaussian, with detached parameters if ``fixed``."""
         shift, stretch = (p.detach() if fixed else p for p in (self.shift, self.stretch))
         if not self.full:
             return dist.Normal(self.loc + self.scale * shift, self.scale * stretch.exp()).to_event(self.event_dim)
@@ -163,7 +165,7 @@ class _Family:
         self.members = {name: _Member(site) for name, site in self.sites.items()}
 
     def log_weights(self, num_particles: int) -> Tensor:
-        """Return log p(x, z) − log q*(z), (K, B), q*'s density with its parameters held fixed."""
+        """Return log p(x, z) − log q*(z), (K, B), with fixed parameters in the density of q*."""
         values, log_guide = {}, torch.zeros(())
         for name, member in self.members.items():
             draws = member.distribution(fixed=False).rsample((num_particles,)).squeeze(1)
@@ -176,12 +178,12 @@ class _Family:
         return log_joint - log_guide
 
     def improve(self, steps: int) -> None:
-        """Climb the ELBO of every datum at once; the data share no parameter, and Adam scales each by itself."""
+        """Maximise the ELBO of all data at once; they share no parameter, and Adam scales each separately."""
         parameters = [p for member in self.members.values() for p in (member.shift, member.stretch)]
         if not parameters:
             return
-        # Near its maximum the ELBO curves by about one nat per squared scale of the guide: there, with ``eps`` the
-        # first step, Adam is plain ascent with a unit step; with a smaller one it blows rounding up to steps of 0.05.
+        # Near its maximum the ELBO curves by about one nat per squared scale of the guide. With ``eps`` equal to the
+        # first step, Adam is plain ascent with a unit step there; a smaller ``eps`` turns rounding into steps of 0.05.
         optimizer = torch.optim.Adam(parameters, lr=FIRST_STEP, eps=FIRST_STEP)
         for step in range(steps):
             optimizer.param_groups[0]["lr"] = FIRST_STEP * (1 + math.cos(math.pi * step / steps)) / 2
@@ -197,11 +199,11 @@ def _check_member(site: Site) -> None:
     name, base = site.name, site.bare
     if not isinstance(base, Normal | MultivariateNormal):
         raise ValueError(
-            f"the guide's site '{name}' ({type(base).__name__}) is not Gaussian: the best member of its family is "
+            f"the guide's site '{name}' ({site.family}) is not Gaussian: the best member of its family is "
             "found for Gaussian guides only; look at log_likelihood and its pareto_k instead"
         )
     scale = base.scale_tril if isinstance(base, MultivariateNormal) else base.scale
-    # A network's products over two equal halves of a batch may round differently.
+    # A network's matmuls over two equal halves of a batch may round differently.
     near = 1e3 * torch.finfo(scale.dtype).eps
     if not all(torch.allclose(part[0], part[1], rtol=near, atol=near) for part in (base.loc, scale)):
         raise ValueError(

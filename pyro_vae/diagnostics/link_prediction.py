@@ -1,4 +1,4 @@
-"""How well a pair tells linked nodes from others."""
+"""Scores of link prediction."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ __all__ = ["LinkScores", "link_scores"]
 
 
 class LinkScores(NamedTuple):
-    """How well pairs of nodes that are linked are told from pairs that are not.
+    """Scores of linked against unlinked pairs of nodes.
 
-    ``auc`` is the area under the ROC curve, the chance that a linked pair scores above an unlinked one;
-    ``average_precision`` the precision averaged over the recall that each linked pair adds.
+    Args:
+        auc: area under the ROC curve: the chance that a linked pair scores above an unlinked one.
+        average_precision: precision averaged over steps of recall.
     """
 
     auc: float
@@ -22,7 +23,7 @@ class LinkScores(NamedTuple):
 
 
 def link_scores(linked: Tensor, unlinked: Tensor) -> LinkScores:
-    """Hold the scores of linked pairs against those of unlinked ones, as link prediction is reported.
+    """Return the area under the ROC curve and the average precision of linked against unlinked pairs.
 
     Args:
         linked: scores of held-out links, (M,), higher for likelier.
@@ -39,7 +40,7 @@ def link_scores(linked: Tensor, unlinked: Tensor) -> LinkScores:
     """
     if len(linked) == 0 or len(unlinked) == 0:
         raise ValueError(f"{len(linked)} links and {len(unlinked)} unlinked pairs: scoring needs some of each")
-    # Imported here, for it takes a second to import and everything else does without it.
+    # Imported here: it takes a second, and nothing else needs it.
     from sklearn.metrics import average_precision_score, roc_auc_score
 
     truth = [1] * len(linked) + [0] * len(unlinked)

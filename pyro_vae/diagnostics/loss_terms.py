@@ -12,29 +12,28 @@ from torch import Tensor
 from pyro_vae.distributions.kl import monte_carlo_kl, variational_kl_bound
 from pyro_vae.distributions.mixtures import GaussianMixture
 from pyro_vae.objectives.closed_form import analytic_loss
-from pyro_vae.pair.modes import device_of, evaluation, to_pair
+from pyro_vae.pair.modes import drawing, to_pair
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.trace import site_terms
-from pyro_vae.runtime.random_state import own_random_state
 
 __all__ = ["PARTICLES", "REPETITIONS", "loss_terms"]
 
-# A standard error from 20 repetitions is itself known to a sixth.
+# A standard error from 20 repetitions has a relative error of a sixth.
 REPETITIONS = 20
 PARTICLES = 20
 
 
 def loss_terms(pair: Pair, *batch: Tensor, seed: int = 0) -> dict[str, dict[str, tuple[float, float]]]:
-    """Hold each term of −ELBO by sampling, as ``Trace_ELBO`` does, against the closed form.
+    """Return each term of −ELBO by sampling, as in ``Trace_ELBO``, and in closed form.
 
     Args:
         pair: a pair with a closed form.
         batch: ``x`` and the pair's conditions.
-        seed: of the draws; the two columns have draws of their own.
+        seed: of the draws; columns have separate draws.
 
     Returns:
-        By column, by site and "total", (mean over data, its Monte Carlo standard error), in nats. With a mixture prior
-        there are columns for the unbiased, the variational and the convex divergence.
+        (mean over data, Monte Carlo standard error), in nats, by column, then by site and "total". A mixture prior has
+        a column for each of its divergences: Monte Carlo, variational, convex.
     """
 
     def sampled() -> dict[str, Tensor]:
@@ -57,7 +56,7 @@ def loss_terms(pair: Pair, *batch: Tensor, seed: int = 0) -> dict[str, dict[str,
     else:
         columns["closed form"] = closed()
     batch = to_pair(pair, batch)
-    with evaluation(pair), own_random_state(seed, device_of(pair)):
+    with drawing(pair, seed):
         return {name: _repeated(column) for name, column in columns.items()}
 
 

@@ -8,23 +8,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_vae.pair.modes import device_of
+from pyro_vae.pair.modes import chunks, device_of
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.trace import run_guide
 from pyro_vae.runtime.memory import CHUNK
 
 __all__ = ["MutualInformation", "mutual_information"]
 
-# Data at most: every draw is scored under the guide of every datum, and log 512 = 6.2 nats grows but slowly with them.
+# Data at most: cost grows with their square, the limit of 6.2 nats = log 512 with their logarithm.
 LARGEST = 512
-# Draws that are scored at once under a chunk of data.
+# Draws per chunk of scores.
 DRAWS = 64
 
 
 class MutualInformation(NamedTuple):
-    """An estimate of I(x; z) under q, for all latent ``sites`` together, from ``num_data`` data; in nats.
+    """An estimate of I(x; z) under q, for all latent sites together.
 
-    ``value`` is in expectation at most I(x; z), and never more than ``limit`` = log B.
+    Args:
+        value: in expectation at most I(x; z), and never above ``limit``, in nats.
+        standard_error: of ``value``, in nats.
+        num_data: B.
+        limit: log B.
+        sites: names of the latent sites.
     """
 
     value: float
@@ -39,18 +44,21 @@ def mutual_information(pair: Pair, batch: tuple[Tensor, ...]) -> MutualInformati
 
     Î = (1/B) Σ_i [log q(z_i | x_i) − log (1/B) Σ_j q(z_i | x_j)],   z_i ~ q(z | x_i)
 
-    That is E KL(q(z | x) ‖ p(z)) − KL(q(z) ‖ p(z)), in which the prior cancels, with q(z) a mixture over the batch.
-    Given the batch, Î is unbiased for the information between z and the index of a datum, at most log B; over batches
-    that is at most I(x; z), so that Î is biased downwards, by about χ²/2B while I is far below log B, χ² that of
-    q(z | x) from q(z), and saturates there.
+    The aggregate posterior q(z) is a mixture over the batch. No prior is involved: it cancels in
+
+    I(x; z) = E KL(q(z | x) ‖ p(z)) − KL(q(z) ‖ p(z))
+
+    Given the batch, Î is unbiased for the information between z and the index of a datum, at most log B. Over batches
+    this is at most I(x; z): Î is biased downwards, and saturates at log B. For I far below log B the bias is about
+    χ²/2B, with χ² that of q(z | x) from q(z).
 
     Args:
         pair: any pair, in evaluation mode.
-        batch: ``x`` (N, …) and the pair's conditions, on the pair's device; of more than 512, so many are drawn.
+        batch: ``x`` (N, …) and the pair's conditions, on the pair's device. At most 512 rows are used, drawn at random.
 
     Returns:
-        :class:`MutualInformation`; None for a guide without latents to speak of, and for one that cannot score a value
-        it has not drawn itself, such as a planar flow.
+        :class:`MutualInformation`. None for a guide without latents except point masses, and for a guide that can
+        score only its latest draws, e.g. a planar flow.
 
     Reference:
         Hoffman and Johnson (2016), ELBO surgery, NIPS workshop on approximate inference; Poole, Ozair, van den Oord,
@@ -64,7 +72,7 @@ def mutual_information(pair: Pair, batch: tuple[Tensor, ...]) -> MutualInformati
     try:
         scores = torch.cat([_scores(pair, batch, draws, begin) for begin in range(0, len(chosen), DRAWS)])
     except (NotImplementedError, KeyError):
-        # A transform without an inverse, or with the inverses of its own draws only.
+        # A transform without an inverse, or with a cached inverse of its latest draw alone.
         return None
     limit = math.log(len(chosen))
     gains = scores.diagonal() - torch.logsumexp(scores, 1) + limit
@@ -78,10 +86,10 @@ def mutual_information(pair: Pair, batch: tuple[Tensor, ...]) -> MutualInformati
 
 
 def _draws(pair: Pair, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    """Return a draw of each free site for each datum, data at the dimension of particles and one at that of data."""
+    """Return a draw of each latent site for each datum, with data at the dimension of particles."""
     parts: dict[str, list[Tensor]] = {}
-    for rows in torch.arange(len(batch[0]), device=batch[0].device).split(CHUNK):
-        for name, site in run_guide(pair, *(tensor[rows] for tensor in batch), num_particles=1).items():
+    for chunk in chunks(batch, CHUNK):
+        for name, site in run_guide(pair, *chunk, num_particles=1).items():
             if not site.is_point_mass:
                 parts.setdefault(name, []).append(site.as_drawn(site.value.transpose(0, 1)))
     return {name: torch.cat(tensors) for name, tensors in parts.items()}
@@ -92,8 +100,8 @@ def _scores(pair: Pair, batch: tuple[Tensor, ...], draws: dict[str, Tensor], beg
     some = {name: value[begin : begin + DRAWS] for name, value in draws.items()}
     count = len(next(iter(some.values())))
     columns = []
-    for rows in torch.arange(len(batch[0]), device=batch[0].device).split(CHUNK):
-        sites = run_guide(pair, *(tensor[rows] for tensor in batch), num_particles=count, values=some)
-        terms = torch.stack([sites[name].log_prob.expand(count, len(rows)) for name in some])
+    for chunk in chunks(batch, CHUNK):
+        sites = run_guide(pair, *chunk, num_particles=count, values=some)
+        terms = torch.stack([sites[name].log_prob.expand(count, len(chunk[0])) for name in some])
         columns.append(terms.double().sum(0))
     return torch.cat(columns, 1)

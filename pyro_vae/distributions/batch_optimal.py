@@ -1,4 +1,4 @@
-"""A Gaussian whose scale is the batch's own optimum."""
+"""A Gaussian with the optimal scale for the batch that it scores."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ __all__ = ["BatchOptimalNormal"]
 
 
 class BatchOptimalNormal(dist.TorchDistribution):
-    """Score a Gaussian at the scale that fits the scored batch best: γ² = mean (x − loc)² over all of it.
+    """Score a batch under a Gaussian at its optimal scale, γ² = mean (x − loc)².
 
-    It couples the data of the batch and its bound is optimistic: for training only.
+    Use it in training only: each likelihood depends on the other data points, and the ELBO comes out too high.
 
     Args:
         loc: any shape.
-        floor: added to γ² as its square, so that a perfect fit stays finite.
-        record: called with the batch's γ², so that evaluation can use one frozen value.
+        floor: its square is added to γ²; a perfect fit stays finite.
+        record: called with γ² of each batch, e.g. to average it for evaluation.
     """
 
     arg_constraints: ClassVar = {"loc": constraints.real}
@@ -51,5 +51,5 @@ class BatchOptimalNormal(dist.TorchDistribution):
         return self.loc
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
-        """Return the mean: a scale exists only once a batch has been scored."""
+        """Return the mean: there is no scale before a batch is scored."""
         return self.loc.expand(self._extended_shape(torch.Size(sample_shape)))

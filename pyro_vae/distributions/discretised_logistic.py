@@ -1,4 +1,4 @@
-"""The few distributions that torch and Pyro lack."""
+"""A logistic distribution on equally spaced levels."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class _Grid(constraints.Constraint):
 
 
 def on_grid(levels: int) -> constraints.Constraint:
-    """Return the constraint that holds on the ``levels`` equally spaced values from 0 to 1."""
+    """Return the constraint to ``levels`` equally spaced values from 0 to 1."""
     return _Grid(levels)
 
 
 class DiscretisedLogistic(dist.TorchDistribution):
-    """Put a logistic's mass on ``levels`` equally spaced values from 0 to 1; the end levels take the tails.
+    """Put a logistic's mass on equally spaced values from 0 to 1; the end levels take the tails.
 
     P(x = k/(n−1)) = σ((x + h − m)/s) − σ((x − h − m)/s),   h = 1/(2(n−1))
 
@@ -85,7 +85,7 @@ class DiscretisedLogistic(dist.TorchDistribution):
         index = (value * top).round()
         upper = ((index + 0.5) / top - self.loc) / self.scale
         lower = ((index - 0.5) / top - self.loc) / self.scale
-        # σ(b) − σ(a) = σ(b) σ(−a) (1 − e^{a−b}): no two nearly equal numbers are subtracted, however far the tail.
+        # σ(b) − σ(a) = σ(b) σ(−a) (1 − e^{a−b}): without cancellation, even far in the tails.
         below, above = logsigmoid(upper), logsigmoid(-lower)
         inside = below + above + torch.log(-torch.expm1(-1 / (top * self.scale)))
         return torch.where(index <= 0, below, torch.where(index >= top, above, inside))
@@ -95,7 +95,7 @@ class DiscretisedLogistic(dist.TorchDistribution):
             uniform = torch.rand(
                 self._extended_shape(torch.Size(sample_shape)), dtype=self.loc.dtype, device=self.loc.device
             )
-            # rand may return 0, whose logit is −∞: rounding to the grid takes it to the lowest level.
+            # rand may return 0, whose logit is −∞; clamping takes it to the lowest level.
             draw = self.loc + self.scale * torch.logit(uniform)
             return (draw * (self.levels - 1)).round().clamp(0, self.levels - 1) / (self.levels - 1)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 __all__ = ["SCORING", "FlowDistribution", "NoInverseError", "Reversal", "Sylvester"]
 
-# Pyro's constructors of flows that score any point, each checked against quadrature in the tests.
+# Pyro's constructors of flows that score any point. Tests check each against quadrature.
 SCORING = (
     "affine_coupling",
     "affine_autoregressive",
@@ -20,14 +20,14 @@ SCORING = (
 
 
 class NoInverseError(ValueError, NotImplementedError):
-    """A point is to be scored under a flow that can only score its own draws."""
+    """Raised for a point under a flow that can score only its latest draws."""
 
 
 class FlowDistribution(dist.TransformedDistribution):
-    """A base distribution under a flow; a flow without an inverse scores its own draws only, and says so.
+    """A base distribution under a flow.
 
     Raises:
-        NoInverseError: from ``log_prob``, for another point than the latest draw under such a flow.
+        NoInverseError: from ``log_prob``, for a flow without an inverse, at a point other than its latest draw.
     """
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -44,9 +44,9 @@ class FlowDistribution(dist.TransformedDistribution):
 
 
 class Reversal(transforms.Permute, TransformModule):
-    """Reverse the entries of a vector, so that the next coupling moves those that this one left.
+    """Reverse the entries of a vector: the next coupling then moves the half that the last one left.
 
-    It is Pyro's ``Permute`` with its order kept as a buffer.
+    It is Pyro's ``Permute`` with the order as a buffer.
 
     >>> Reversal(3)(torch.tensor([1.0, 2.0, 3.0]))
     tensor([3., 2., 1.])
@@ -60,12 +60,12 @@ class Reversal(transforms.Permute, TransformModule):
 
 
 class Sylvester(transforms.Sylvester):
-    """Bend space along the columns of an orthogonal Q: z ↦ z + Q Rᵀ tanh(Sᵀ Qᵀ z + b), R and S upper triangular.
+    """Bend space along the columns of an orthogonal Q.
 
-    log |det| = Σ_i log(1 + tanh′(·)_i R_ii S_ii)
+    z ↦ z + Q Rᵀ tanh(Sᵀ Qᵀ z + b),   log |det| = Σ_i log(1 + tanh′(·)_i R_ii S_ii),   R and S upper triangular
 
-    Parameters and Householder reflections are Pyro's. Its own map multiplies by Qᵀ and Q on the other sides, where this
-    determinant does not hold: its densities are off by tenths of a nat where R and S are of order one.
+    Parameters and Householder reflections are those of Pyro's ``Sylvester``. Pyro's map has Q and Qᵀ on the other
+    sides, and this determinant does not hold for it: for R and S of order one, densities are off by tenths of a nat.
 
     Reference:
         Van den Berg, Hasenclever, Tomczak and Welling (2018), Sylvester normalizing flows for variational inference,
@@ -83,7 +83,7 @@ class Sylvester(transforms.Sylvester):
         return x + bent @ (r @ q.mT)
 
     def Q(self, x: Tensor) -> Tensor:  # noqa: N802 - Pyro's name
-        # Pyro's takes the identity in the default type and on the CPU whatever its parameters are.
+        # Pyro's identity has the default dtype and is on the CPU, unlike the parameters.
         eye = torch.eye(self.input_dim, dtype=x.dtype, device=x.device)
         q = eye
         for u in self.u():

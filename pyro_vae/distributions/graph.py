@@ -1,4 +1,4 @@
-"""What a graph needs of a model: a convolution and a distribution over its edges, a training loss, and scores."""
+"""A distribution over the edges of a graph."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from torch.nn.functional import logsigmoid
 
 __all__ = ["InnerProductGraph"]
 
-# Pairs of nodes taken at once, 1 MiB in float32: what is computed from them stays in a core's cache, and a network of
-# twenty thousand nodes, whose logits are 1.5 GB, takes no more.
+# Pairs of nodes per block, 1 MiB in float32: it fits in a core's cache. For 20 000 nodes all logits would take 1.5 GB.
 PAIRS_AT_ONCE = 2**18
 
 
 class _Adjacency(constraints.Constraint):
-    """An undirected graph's matrix, entry by entry: equal to its mirror entry, and False on the diagonal."""
+    """The adjacency of an undirected graph: each entry equals its mirror entry, and is False on the diagonal."""
 
     is_discrete = True
     event_dim = 0
@@ -35,8 +34,8 @@ class _Adjacency(constraints.Constraint):
 class _LinkLogProb(torch.autograd.Function):
     """Sum log Bernoulli(A_ij; σ(z_iᵀ z_j)) over i < j in blocks of rows, with its gradient in the same pass.
 
-    ∂/∂l log σ(±l) = ± σ(∓l), and with G the matrix of these, its lower half zero, ∂/∂z = (G + Gᵀ) z. Autograd would
-    keep several matrices of N² numbers, and a second pass over them would cost what the first did.
+    ∂/∂l log σ(±l) = ± σ(∓l). With G the upper triangular matrix of these, ∂/∂z = (G + Gᵀ) z. Autograd would save
+    several N × N matrices, and take a second pass over them.
     """
 
     @staticmethod
@@ -76,8 +75,8 @@ class InnerProductGraph(dist.TorchDistribution):
         nodes: z, (…, N, L).
 
     Reference:
-        Kipf and Welling (2016), Variational graph auto-encoders, Bayesian deep learning workshop. Their product runs
-        over all ordered pairs, which is no probability of an undirected graph.
+        Kipf and Welling (2016), Variational graph auto-encoders, Bayesian deep learning workshop. Their product over
+        all ordered pairs is no probability of an undirected graph.
 
     >>> InnerProductGraph(torch.zeros(3, 2)).log_prob(torch.zeros(3, 3, dtype=torch.bool))
     tensor(-2.0794)
@@ -100,7 +99,7 @@ class InnerProductGraph(dist.TorchDistribution):
         return self.weighted_log_prob(value, None, None)
 
     def weighted_log_prob(self, value: Tensor, linked: Tensor | None, unlinked: Tensor | None) -> Tensor:
-        """Return Σ_{i<j} w_ij log Bernoulli(A_ij; σ(z_iᵀ z_j)), (…), with one weight for edges and one for the rest."""
+        """Return Σ_{i<j} w_ij log Bernoulli(A_ij; σ(z_iᵀ z_j)), (…), w = ``linked`` at edges, else ``unlinked``."""
         batch = torch.broadcast_shapes(self.nodes.shape[:-2], value.shape[:-2])
         nodes = self.nodes.expand(*batch, *self.nodes.shape[-2:])
         log_prob: Tensor = _LinkLogProb.apply(nodes, value.bool(), linked, unlinked)

@@ -1,7 +1,7 @@
-"""Divergences in closed form, and their bounds where a mixture has none.
+"""Divergences of Gaussians in closed form, and bounds for mixtures.
 
-Every function sums over its event, keeps the batch axes and returns nats. A bound has a name of its own: only true
-divergences are registered with torch's ``kl_divergence``, which is one for the whole process and must not lie.
+Every function sums over the event and returns nats, one per batch entry. Only exact divergences are registered with
+torch's ``kl_divergence``. Other code that asks for the exact KL would silently get an upper bound.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ MixtureKL: TypeAlias = Callable[[Any, GaussianMixture], Tensor]
 
 
 def kl_standard_normal(mean: Tensor, scale: Tensor) -> Tensor:
-    """Return KL(N(μ, diag σ²) ‖ N(0, I)) = ½ Σ_j (σ_j² + μ_j² − 1 − log σ_j²).
+    """Return the divergence of a diagonal Gaussian from N(0, I).
+
+    KL(N(μ, diag σ²) ‖ N(0, I)) = ½ Σ_j (σ_j² + μ_j² − 1 − log σ_j²)
 
     Args:
         mean, scale: (…, L).
@@ -53,7 +55,9 @@ def kl_standard_normal(mean: Tensor, scale: Tensor) -> Tensor:
 
 
 def kl_diagonal(mean: Tensor, scale: Tensor, other_mean: Tensor, other_scale: Tensor) -> Tensor:
-    """Return KL(N(μ₀, diag σ₀²) ‖ N(μ₁, diag σ₁²)) = Σ_j [log σ₁/σ₀ + (σ₀² + (μ₀ − μ₁)²)/(2σ₁²) − ½].
+    """Return the divergence of two diagonal Gaussians.
+
+    KL(N(μ₀, diag σ₀²) ‖ N(μ₁, diag σ₁²)) = Σ_j [log σ₁/σ₀ + (σ₀² + (μ₀ − μ₁)²)/(2σ₁²) − ½]
 
     Args:
         mean, scale, other_mean, other_scale: (…, L).
@@ -69,7 +73,7 @@ def kl_diagonal(mean: Tensor, scale: Tensor, other_mean: Tensor, other_scale: Te
 
 
 def kl_full(mean: Tensor, factor: Tensor, other_mean: Tensor, other_factor: Tensor) -> Tensor:
-    """Return the divergence of two full-covariance Gaussians from their Cholesky factors, without an inverse.
+    """Return the divergence of two full-covariance Gaussians from their Cholesky factors.
 
     KL = ½( ‖L₁⁻¹L₀‖²_F − d + ‖L₁⁻¹(μ₁ − μ₀)‖² ) + Σ log diag L₁ − Σ log diag L₀
 
@@ -103,7 +107,7 @@ def _kl_full_independent(p: MultivariateNormal, q: Independent) -> Tensor:
 
 
 def gaussian_entropy(scale: Tensor, size: int) -> Tensor:
-    """Return the entropy of N(·, s² I) over ``size`` entries: (k/2)(1 + log 2π s²), s one number.
+    """Return the entropy of N(·, s² I) over k = ``size`` entries: (k/2)(1 + log 2π s²), s one number.
 
     >>> gaussian_entropy(torch.tensor(1.0), 2)
     tensor(2.8379)
@@ -112,7 +116,9 @@ def gaussian_entropy(scale: Tensor, size: int) -> Tensor:
 
 
 def monte_carlo_kl(q: Any, mixture: GaussianMixture, num_particles: int = 1) -> Tensor:
-    """Estimate KL(q ‖ Σ_i w_i p_i) = E_q[log q(u) − log Σ_i w_i p_i(u)] by draws from q, without bias.
+    """Estimate the divergence of a Gaussian from a mixture by draws from q, without bias.
+
+    KL(q ‖ Σ_i w_i p_i) = E_q[log q(u) − log Σ_i w_i p_i(u)]
 
     Args:
         q: a diagonal Gaussian over (L,), batch (…).
@@ -127,7 +133,7 @@ def monte_carlo_kl(q: Any, mixture: GaussianMixture, num_particles: int = 1) -> 
 
 
 def variational_kl_bound(q: Any, mixture: GaussianMixture) -> Tensor:
-    """Bound the divergence of a Gaussian from a mixture without sampling, tighter than convexity.
+    """Bound the divergence of a Gaussian from a mixture without draws, tighter than by convexity.
 
     KL(q ‖ Σ_i w_i p_i) ≤ −log Σ_i w_i exp(−KL(q ‖ p_i)) ≤ Σ_i w_i KL(q ‖ p_i)
 
@@ -140,7 +146,7 @@ def variational_kl_bound(q: Any, mixture: GaussianMixture) -> Tensor:
 
     Reference:
         Hershey and Olsen (2007), Approximating the Kullback Leibler divergence between Gaussian mixture models,
-        ICASSP, with one Gaussian on the left.
+        ICASSP; here with a single Gaussian as first argument.
     """
     return -torch.logsumexp(torch.log(_mixture_weights(mixture)) - _component_kls(q, mixture), -1)
 
@@ -167,15 +173,23 @@ def convex_kl_bound(q: Any, mixture: GaussianMixture) -> Tensor:
 
 
 def kl_to_prior(q: Any, prior: Any, mixture_kl: MixtureKL) -> Tensor:
-    """Return KL(q ‖ prior), closed for two Gaussians, ``mixture_kl`` where the prior is a mixture.
+    """Return KL(q ‖ prior): closed for a Gaussian prior, by ``mixture_kl`` for a mixture.
+
+    Args:
+        q: a Gaussian over (L,), batch (…).
+        prior: a diagonal Gaussian or a mixture of such, over (L,).
+        mixture_kl: e.g. :func:`convex_kl_bound`.
+
+    Returns:
+        (…), in nats.
 
     Raises:
-        ValueError: for a guide or a prior of another kind, such as one under a flow.
+        ValueError: for another guide or prior, e.g. one under a flow.
     """
     if isinstance(prior, GaussianMixture):
         return mixture_kl(q, prior)
-    for what, distribution in (("guide", q), ("prior", prior)):
-        _check_gaussian(distribution, what)
+    _check_gaussian(q, "guide")
+    _check_gaussian(prior, "prior")
     other = prior.base_dist
     if isinstance(q, MultivariateNormal):
         return kl_full(q.loc, q.scale_tril, other.loc, torch.diag_embed(other.scale))
@@ -206,7 +220,9 @@ def _component_kls(q: Any, mixture: GaussianMixture) -> Tensor:
 
 
 def affine_expected_squared_error(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
-    """Return E‖x − Wz − b‖² under z ~ N(μ, diag σ²): ‖x − Wμ − b‖² + tr(W diag(σ²) Wᵀ).
+    """Return an expected squared error under z ~ N(μ, diag σ²).
+
+    E‖x − Wz − b‖² = ‖x − Wμ − b‖² + tr(W diag(σ²) Wᵀ)
 
     Args:
         x: (…, D).
@@ -221,12 +237,12 @@ def affine_expected_squared_error(x: Tensor, weight: Tensor, bias: Tensor, mean:
 
 
 def affine_expected_kl(kl_at_mean: Tensor, weight: Tensor, scale: Tensor, other_scale: Tensor) -> Tensor:
-    """Return E_u KL(q(z|x) ‖ N(By + Cu + c, diag s²)) under u ~ N(μ, diag σ²).
+    """Return an expected divergence under u ~ N(μ, diag σ²).
 
-    KL at u = μ  +  ½ Σ_j s_j⁻² Σ_l C_jl² σ_l²
+    E_u KL(q(z|x) ‖ N(By + Cu + c, diag s²)) = KL at u = μ  +  ½ Σ_j s_j⁻² Σ_l C_jl² σ_l²
 
     Args:
-        kl_at_mean: the divergence at the mean of u, (…).
+        kl_at_mean: the divergence at u = μ, (…).
         weight: C, (L_z, L_u).
         scale: σ, (…, L_u).
         other_scale: s, (L_z,).

@@ -1,4 +1,4 @@
-"""Exact log-likelihoods and posteriors of linear-Gaussian models: the oracle, and probabilistic PCA."""
+"""Exact log-likelihoods and posteriors of linear-Gaussian models, e.g. probabilistic PCA."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ __all__ = [
 def condition_gaussian(
     mean: Tensor, factor: Tensor, weight: Tensor, noise: Tensor, observed: Tensor
 ) -> tuple[Tensor, dist.MultivariateNormal]:
-    """Return the marginal log-density of o = W v + ε and the posterior of v, by Cholesky of an L × L matrix.
+    """Return the log-density of o = W v + ε and the posterior of v.
 
     v ~ N(m, S Sᵀ),   ε ~ N(0, diag n²):   log N(o; W m, W S Sᵀ Wᵀ + diag n²)   and   p(v | o)
+
+    It takes the Cholesky factor of one L × L matrix.
 
     Args:
         mean: m, (…, L).
@@ -41,7 +43,7 @@ def condition_gaussian(
     >>> log_p, posterior.mean
     (tensor(-1.5155), tensor([0.5000]))
     """
-    # In units of the prior and of the noise: e ~ N(0, I), r = A e + N(0, I), so that the only matrix is I + AᵀA.
+    # In units of the prior and of the noise, e ~ N(0, I) and r = A e + N(0, I): the only matrix is I + AᵀA.
     whitened = weight @ factor / noise.unsqueeze(-1)
     residual = (observed - mean @ weight.mT) / noise
     precision = torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device) + whitened.mT @ whitened
@@ -58,7 +60,7 @@ def condition_gaussian(
 
 
 def linear_gaussian_log_likelihood(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor) -> Tensor:
-    """Return log N(x; b, W Wᵀ + γ² I), the marginal of z ~ N(0, I), x = W z + b + γ ε.
+    """Return log N(x; b, W Wᵀ + γ² I), the marginal log-density of x = W z + b + γ ε, z ~ N(0, I).
 
     Args:
         x: (…, D).
@@ -73,7 +75,7 @@ def linear_gaussian_log_likelihood(x: Tensor, weight: Tensor, bias: Tensor, scal
 
 
 def linear_gaussian_posterior(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor) -> dist.MultivariateNormal:
-    """Return p(z | x) of z ~ N(0, I), x = W z + b + γ ε: a full-covariance Gaussian.
+    """Return p(z | x) for x = W z + b + γ ε, z ~ N(0, I): a full-covariance Gaussian.
 
     N(M⁻¹ Wᵀ (x − b), γ² M⁻¹),   M = Wᵀ W + γ² I
 
@@ -84,7 +86,7 @@ def linear_gaussian_posterior(x: Tensor, weight: Tensor, bias: Tensor, scale: Te
         scale: γ, one number.
 
     Returns:
-        A distribution with batch (…) and event (L,).
+        Batch (…), event (L,).
     """
     return _standard_prior(x, weight, bias, scale)[1]
 

@@ -16,7 +16,7 @@ __all__ = ["EqualMixture", "GaussianMixture"]
 class GaussianMixture(dist.MixtureSameFamily):
     """Mix diagonal Gaussians over ``(L,)``: p(u) = Σ_i w_i N(u; μ_i, diag σ_i²).
 
-    It is ``MixtureSameFamily`` with the support stated, which Pyro's NUTS asks for.
+    It is ``MixtureSameFamily`` with a static support, which Pyro's NUTS requires.
 
     >>> components = dist.Normal(torch.zeros(3, 2), torch.ones(3, 2)).to_event(1)
     >>> GaussianMixture(dist.Categorical(logits=torch.zeros(3)), components).log_prob(torch.zeros(2))
@@ -27,12 +27,12 @@ class GaussianMixture(dist.MixtureSameFamily):
 
 
 class EqualMixture(dist.TorchDistribution):
-    """Mix M distributions of one family with equal weights, and draw from the mixture with gradients.
+    """Mix M distributions of one family with equal weights; draws have gradients.
 
     p(z) = (1/M) Σ_m p_m(z)
 
-    Which component a draw comes from depends on no parameter, so that the component's own ``rsample`` is the mixture's;
-    a mixture with learned weights has none.
+    The choice of a component depends on no parameter: the component's ``rsample`` is reparameterised for the mixture
+    too. A mixture with learned weights has no ``rsample``.
 
     Args:
         components: batch shape (…, M).

@@ -13,12 +13,12 @@ from torch.distributions.kl import register_kl
 
 __all__ = ["MOST_CONFIGURATIONS", "OneHots", "RelaxedOneHots"]
 
-# Configurations beyond this many are not summed over: one of 784 float32 pixels and 128 data takes 0.4 MB.
+# Limit of a sum over configurations: each takes 0.4 MB for 128 data of 784 float32 pixels.
 MOST_CONFIGURATIONS = 2**14
 
 
 class OneHots(dist.Independent):
-    """Draw G independent one-hot rows of C categories each, and sum over all C^G of them where that is feasible.
+    """Draw G independent one-hot rows of C categories; enumerate all C^G if they are few.
 
     p(z) = Π_g Π_c π_gc^{z_gc}
 
@@ -39,10 +39,10 @@ class OneHots(dist.Independent):
         return OneHots(self.base_dist.logits.expand(*batch_shape, *self.event_shape), self._validate_args)
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
-        """Return every configuration, (C^G, *batch or ones, G, C).
+        """Return every configuration, (C^G, *batch, G, C), or (C^G, 1, …, G, C) without ``expand``.
 
         Raises:
-            ValueError: for more than 2^14 of them.
+            ValueError: for more than 2^14 configurations.
         """
         groups, categories = self.event_shape
         if (count := categories**groups) > MOST_CONFIGURATIONS:
@@ -57,18 +57,18 @@ class OneHots(dist.Independent):
 
 
 class RelaxedOneHots(dist.TorchDistribution):
-    """Draw relaxed one-hot rows, with gradients, and score them by the categorical mass extended linearly.
+    """Draw relaxed one-hot rows, with gradients, and score them by a linear extension of the categorical mass.
 
     z_g = softmax((log π_g + Gumbel noise) / τ)          score Σ_g Σ_c z_gc log π_gc
 
-    The score is the true log-mass where z is one-hot, as straight-through draws are, and tends to it as τ → 0. It is no
-    density: what it enters is a training loss and no bound on a likelihood. ``kl_divergence`` gives the closed
-    divergence of the masses, which :class:`pyro.infer.TraceMeanField_ELBO` then uses.
+    The score is no density: use it in a training loss, not in a bound. It is the log-mass at one-hot z, e.g. at
+    straight-through draws, and tends to it as τ → 0. ``kl_divergence`` is the closed divergence of the masses;
+    :class:`pyro.infer.TraceMeanField_ELBO` uses it.
 
     Args:
         logits: log π up to a constant per row, (…, G, C).
         temperature: τ > 0, a scalar tensor.
-        straight_through: whether draws are one-hot, with the relaxed draws' gradients.
+        straight_through: round draws to one-hot rows, with the relaxed draws' gradients.
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
@@ -91,7 +91,7 @@ class RelaxedOneHots(dist.TorchDistribution):
         if not self.straight_through:
             return soft
         hard = torch.zeros_like(soft).scatter(-1, soft.argmax(-1, keepdim=True), 1.0)
-        # What is added is zero in value, and the relaxed draw in its gradient.
+        # The second term is zero in value; its gradient is that of the relaxed draw.
         return hard + (soft - soft.detach())
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class RelaxedOneHots(dist.TorchDistribution):
 
     @property
     def mean(self) -> Tensor:
-        """The probabilities, which are the mean of the rows that are relaxed here."""
+        """The probabilities: the mean of the one-hot rows before relaxation."""
         return self.logits.exp()
 
 

@@ -1,4 +1,4 @@
-"""Networks that conditionals are made of."""
+"""Networks for conditionals."""
 
 from pyro_vae.networks.convolutional import ConvDecoder, ConvEncoder, default_decoder, default_encoder
 from pyro_vae.networks.graph import GraphConvolutions

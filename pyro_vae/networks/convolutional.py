@@ -17,7 +17,7 @@ __all__ = ["ConvDecoder", "ConvEncoder", "default_decoder", "default_encoder"]
 class ConvEncoder(nn.Module):
     """Halve an image twice by strided convolutions, then map it to ``outputs`` numbers.
 
-    Striding at once keeps a training step short: full-resolution feature maps are what a small net spends its time on.
+    The first layer is strided: full-resolution feature maps would take most of the time of a step.
 
     Args:
         shape: (C, H, W).
@@ -33,7 +33,8 @@ class ConvEncoder(nn.Module):
         super().__init__()
         self.shape = tuple(shape)
         rows, columns = (math.ceil(math.ceil(side / 2) / 2) for side in self.shape[1:])
-        self.first = nn.Conv2d(self.shape[0], channels, 4, stride=2, padding=1 if _even(self.shape) else 2)
+        even = all(side % 2 == 0 for side in self.shape[1:])
+        self.first = nn.Conv2d(self.shape[0], channels, 4, stride=2, padding=1 if even else 2)
         self.second = nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1)
         self.pooled = (rows, columns)
         self.head = MLP([(2 * channels * rows * columns,)], outputs, (hidden,))
@@ -47,20 +48,17 @@ class ConvEncoder(nn.Module):
         return self.head(h.reshape(*batch, -1))
 
 
-def _even(shape: Shape) -> bool:
-    return all(side % 2 == 0 for side in shape[1:])
-
-
 class ConvDecoder(nn.Module):
     """Map vectors and low-resolution images to an image by two transposed convolutions.
 
-    All inputs enter through one linear layer; an input that is an image also joins the feature maps at half
-    resolution, so that its pixels reach the output where they are.
+    All inputs enter through one linear layer. An image also joins the feature maps at half resolution: its pixels
+    reach the output at their places.
 
     Args:
         shapes: event shape of each input; (C, H, W) marks an image.
         shape: (C, H, W) of the output.
         channels: feature maps at half resolution; a quarter resolution has twice as many.
+        hidden: width of the layer between inputs and feature maps.
 
     >>> ConvDecoder([(1, 14, 14), (8,)], (2, 28, 28))(torch.zeros(5, 1, 14, 14), torch.zeros(3, 5, 8)).shape
     torch.Size([3, 5, 2, 28, 28])
@@ -95,17 +93,17 @@ def _crop(image: Tensor, size: Shape) -> Tensor:
 
 
 def default_encoder(shape: Shape, outputs: int) -> nn.Module:
-    """Return an MLP, from 16 × 16 pixels up a strided conv net."""
+    """Return an MLP, or for images from 16 × 16 pixels a strided convolutional network."""
     return ConvEncoder(shape, outputs) if _is_large_image(shape) else MLP([shape], outputs)
 
 
 def default_decoder(inputs: Sequence[Shape], shape: Shape, outputs: int) -> nn.Module:
-    """Return an MLP, from 16 × 16 pixels up a strided conv net whose channels make up the ``outputs`` numbers."""
+    """Return an MLP, or for images from 16 × 16 pixels a convolutional network; both give ``outputs`` numbers."""
     if _is_large_image(shape):
         return ConvDecoder(inputs, (outputs // math.prod(shape[1:]), *shape[1:]))
     return MLP(inputs, outputs)
 
 
 def _is_large_image(shape: Shape) -> bool:
-    """Tell whether full-resolution layers would dominate a training step."""
+    """Return whether full-resolution layers would take most of a training step."""
     return len(shape) == 3 and min(shape[1:]) >= 16

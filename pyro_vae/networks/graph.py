@@ -13,15 +13,14 @@ class GraphConvolutions(nn.Module):
 
     Â ReLU(Â X W₀) W₁,   Â = D^−½ (A + I) D^−½,   D the degrees of A + I
 
-    Each is a product with a sparse matrix, whose entries are gathered along the edges. An isolated node sees itself.
-    It is the convolution that torch_geometric calls ``GCNConv``, written out here because importing torch_geometric
-    (2.8) warns under this torch of ``torch.jit.script``, which it calls while it is imported.
+    Each convolution is a sparse matmul along the edges. An isolated node receives its input alone. The layer is also
+    torch_geometric's ``GCNConv``. It is not used here: importing torch_geometric 2.8 warns of ``torch.jit.script``.
 
     Args:
         num_nodes: N.
         outputs: numbers per node.
         hidden: width of the layer between.
-        features: X, (N, F); without them X is the identity, so that W₀ holds a row of its own for each node.
+        features: X, (N, F); without them X is the identity, and W₀ has one row per node.
 
     Raises:
         ValueError: for fewer than one number per node.
@@ -52,8 +51,8 @@ class GraphConvolutions(nn.Module):
 
         def propagate(h: Tensor) -> Tensor:
             h = scale * h
-            # What is added to is h itself, the product with I.
+            # Added to h, the term of I.
             return scale * h.index_put((graph, row), h[graph, column], accumulate=True)
 
-        own = self.first if self.features is None else self.features @ self.first
-        return propagate(propagate(own).relu() @ self.second)
+        projected = self.first if self.features is None else self.features @ self.first
+        return propagate(propagate(projected).relu() @ self.second)

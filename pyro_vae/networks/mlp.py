@@ -1,10 +1,11 @@
-"""Networks that accept any number of leading batch dimensions (K, B, …) and several inputs."""
+"""Networks with several inputs and any number of leading batch dimensions (K, B, …)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,8 @@ from torch.nn.functional import glu, silu
 
 __all__ = ["MLP", "GatedMLP", "Shape", "flatten_inputs"]
 
-Shape = Sequence[int]
+# Shape of one event.
+Shape: TypeAlias = Sequence[int]
 
 
 def flatten_inputs(inputs: Sequence[Tensor], shapes: Sequence[Shape]) -> Tensor:
@@ -52,9 +54,8 @@ class MLP(nn.Module):
         outputs: size of the output.
         hidden: widths of the hidden layers; none makes the network affine.
         activation: the function between layers, SiLU by default.
-        batch_norm: whether hidden layers are batch normalised, over all leading dimensions. A datum's output then
-            depends on its batch while training; in evaluation mode, by running averages, it is its own. So it is where
-            a batch has one row, a short last one perhaps, which has no spread.
+        batch_norm: whether hidden layers are batch normalised over all leading dimensions. While training, a datum's
+            output then depends on its batch. Evaluation mode, and a batch of one row, use running averages.
 
     Reference:
         Ioffe and Szegedy (2015), Batch normalization, ICML.
@@ -76,7 +77,7 @@ class MLP(nn.Module):
         self.activation = activation
         self.shapes = [tuple(shape) for shape in shapes]
         sizes = [sum(math.prod(shape) for shape in shapes), *hidden, outputs]
-        # A norm takes away what a bias before it adds, and leaves its gradient to rounding.
+        # No bias before a norm: the norm cancels it, and its gradient is rounding error.
         layers = [nn.Linear(a, b, bias=not batch_norm) for a, b in pairwise(sizes[:-1])]
         self.layers = nn.ModuleList([*layers, nn.Linear(sizes[-2], outputs)])
         self.norms = nn.ModuleList(nn.BatchNorm1d(width) for width in hidden if batch_norm)
@@ -90,7 +91,7 @@ class MLP(nn.Module):
 
 
 def _normalised(norm: nn.Module, h: Tensor) -> Tensor:
-    """Normalise over all rows, which batch normalisation takes in one dimension; one row by the running averages."""
+    """Normalise over all leading dimensions; a single row, which has no spread, by the running averages."""
     assert isinstance(norm, nn.BatchNorm1d)
     rows = h.reshape(-1, h.shape[-1])
     if len(rows) > 1:
@@ -117,7 +118,7 @@ class GatedMLP(nn.Module):
         super().__init__()
         self.shapes = [tuple(shape) for shape in shapes]
         sizes = [sum(math.prod(shape) for shape in shapes), *hidden]
-        # W and V are the halves of one matrix: one product in place of two.
+        # W and V are the halves of one matrix: one matmul for two.
         self.gated = nn.ModuleList(nn.Linear(a, 2 * b) for a, b in pairwise(sizes))
         self.last = nn.Linear(sizes[-1], outputs)
 

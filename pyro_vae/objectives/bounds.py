@@ -1,4 +1,4 @@
-"""What training maximises: functions of :class:`~pyro_vae.pair.LogTerms`, per datum, in nats."""
+"""Objectives that training maximises: functions of :class:`~pyro_vae.LogTerms`, per datum, in nats."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Objective: TypeAlias = Callable[[LogTerms], Tensor]
 
 
 def elbo(terms: LogTerms) -> Tensor:
-    """Average the log-weights over particles: the evidence lower bound.
+    """Average the log-weights over particles: the evidence lower bound, ELBO.
 
     (1/K) Σ_k [log p(x, z_k) − log q(z_k | x)]
 
@@ -35,7 +35,7 @@ def elbo(terms: LogTerms) -> Tensor:
 
 
 def iwae(terms: LogTerms) -> Tensor:
-    """Average the weights themselves over particles: the importance-weighted bound.
+    """Take the logarithm of the averaged weights: the importance-weighted bound.
 
     log (1/K) Σ_k p(x, z_k) / q(z_k | x)
 
@@ -43,7 +43,7 @@ def iwae(terms: LogTerms) -> Tensor:
         terms: log-densities, each (K, B).
 
     Returns:
-        (B,), in nats; in expectation between the ELBO and log p(x).
+        (B,), in nats. Its expectation lies between the ELBO and log p(x).
 
     Reference:
         Burda, Grosse and Salakhutdinov (2016), Importance weighted autoencoders, ICLR.
@@ -55,15 +55,17 @@ def iwae(terms: LogTerms) -> Tensor:
 
 
 def renyi(alpha: float) -> Objective:
-    """Return the variational Rényi bound of order α, the ELBO at α = 1 and the importance-weighted bound at α = 0.
+    """Return the variational Rényi bound of order α.
 
     1/(1 − α) · log (1/K) Σ_k [p(x, z_k) / q(z_k | x)]^(1 − α)
 
-    For the same draws it never rises with α. In expectation it is a lower bound on log p(x) for α ≥ 0 at any K.
+    At α = 1 it is the ELBO, at α = 0 the importance-weighted bound. For given draws it never increases with α.
+
+    For α ≥ 0 its expectation is a lower bound on log p(x), for any K. For α < 0 it tends to an upper bound as K grows;
+    with few particles it may lie on either side.
 
     Args:
-        alpha: α, any finite number; below 0 it tends to an upper bound as K grows, but with few particles it may lie on
-            either side.
+        alpha: α, any finite number.
 
     Returns:
         An objective, log-terms (K, B) to (B,), in nats, named ``renyi(α)``.
@@ -91,15 +93,16 @@ def renyi(alpha: float) -> Objective:
 
 
 def beta_elbo(beta: float | Annealed) -> Objective:
-    """Return the ELBO with its divergence weighed by β.
+    """Return the ELBO with its divergence weighted by β.
 
     (1/K) Σ_k [log p(x | z_k) + β (log p(z_k) − log q(z_k | x))]
 
-    In expectation it is the ELBO − (β − 1) KL(q(z | x) ‖ p(z)): a bound on log p(x) for β ≥ 1, and a penalty otherwise.
-    A site that the guide fixes to a point mass counts as data and keeps its weight.
+    In expectation it is the ELBO − (β − 1) KL(q(z | x) ‖ p(z)). For β ≥ 1 that is a lower bound on log p(x). A site
+    that the guide fixes to a point mass counts as data, and is not weighted.
 
     Args:
-        beta: β ≥ 0, a number or one that moves: a module of the pair, so that :func:`~pyro_vae.fit` moves it.
+        beta: β ≥ 0, a number or an :class:`~pyro_vae.Annealed` one. Store the latter as an attribute of the pair:
+            :func:`~pyro_vae.fit` then moves it.
 
     Returns:
         An objective, log-terms (K, B) to (B,), in nats, named ``beta_elbo(β)``.
@@ -122,17 +125,16 @@ def beta_elbo(beta: float | Annealed) -> Objective:
 
 
 def capacity_elbo(weight: float, capacity: Annealed) -> Objective:
-    """Return the objective that holds the divergence at a capacity C, which may rise while training.
+    """Return the objective that holds the divergence near a capacity C, which may rise while training.
 
     (1/K) Σ_k log p(x | z_k) − γ |KL − C|,      KL = mean over data and particles of log q(z | x) − log p(z)
 
-    The divergence is that of the batch as a whole, so that one datum may spend more than another; its sampled value is
-    unbiased, the absolute value of its distance from C too large by its standard error at most. It is no bound on
-    log p(x).
+    It is no bound on log p(x). The divergence is that of the whole batch: one datum may use more capacity than another.
+    The sampled divergence is unbiased. Its distance from C is overestimated by at most its standard error.
 
     Args:
         weight: γ ≥ 0.
-        capacity: C, in nats, a module of the pair, so that :func:`~pyro_vae.fit` moves it.
+        capacity: C, in nats. Store it as an attribute of the pair: :func:`~pyro_vae.fit` then moves it.
 
     Returns:
         An objective, log-terms (K, B) to (B,), in nats, named after its numbers.
@@ -160,22 +162,23 @@ def capacity_elbo(weight: float, capacity: Annealed) -> Objective:
 
 
 def free_bits(floor: float, beta: float | Annealed = 1.0) -> Objective:
-    """Return the ELBO in which no latent site gains from a divergence below λ, its free bits.
+    """Return the ELBO with a floor λ, the free bits, under the divergence of each latent site.
 
     (1/K) Σ_k log p(x | z_k) − β Σ_sites max(λ, KL_site),   KL_site averaged over draws and over the batch
 
-    A site whose divergence is above λ counts as in the ELBO, one below adds the constant λ and has no gradient of its
-    own, so that it is free to carry that much. The batch's mean decides, one draw of one datum being too noisy to.
-    With a β that rises from 0 to 1, kept by the pair, free bits come with a warm-up:
+    A site with a divergence above λ counts as in the ELBO. A site below adds the constant λ, without a gradient: it may
+    carry up to λ nats at no cost. The batch mean decides which case applies; a single draw is too noisy.
+
+    For a warm-up, let β rise from 0 to 1:
     ``pair.beta = pv.Annealed(0.0, 1.0, epochs=10); pv.fit(pair, x, loss=free_bits(2.0, pair.beta))``.
 
     Args:
-        floor: λ ≥ 0, nats per datum and site; 0 leaves the ELBO, up to estimates below zero.
-        beta: β ≥ 0, a number or one that moves: a module of the pair, so that :func:`~pyro_vae.fit` moves it.
+        floor: λ ≥ 0, nats per datum and site; 0 gives the ELBO, except that negative estimates count as 0.
+        beta: β ≥ 0, a number or an :class:`~pyro_vae.Annealed` one, as for :func:`beta_elbo`.
 
     Returns:
-        An objective, log-terms (K, B) to (B,), in nats; at β = 1 at most the ELBO in the batch's mean, and named
-        ``free_bits(λ)``.
+        An objective, log-terms (K, B) to (B,), in nats, named ``free_bits(λ)``. For β = 1 its batch mean is at most the
+        ELBO.
 
     Raises:
         ValueError: for λ or β that is negative or not finite.
@@ -206,7 +209,7 @@ def free_bits(floor: float, beta: float | Annealed = 1.0) -> Objective:
 
 
 def _weight(beta: float | Annealed) -> tuple[Callable[[], Tensor | float], str]:
-    """Return what reads β, and how it is called."""
+    """Return a function that reads β, and a name for it."""
     if isinstance(beta, Annealed):
         _check_weight(min(beta.start, beta.end), _way(beta))
         return beta, _way(beta)
@@ -224,9 +227,9 @@ def _way(number: Annealed) -> str:
 
 
 def _named(objective: Objective, name: str, annealed: object = None) -> Objective:
-    # A run's configuration keeps the loss by this name, so that a resumed run is refused under another α or β.
+    # A run folder stores the loss by this name: resuming with another α or β is refused.
     objective.__name__ = name
     if isinstance(annealed, Annealed):
-        # By this :func:`~pyro_vae.fit` sees that the number is one of the pair's, which it moves.
+        # check_loss looks for this number among the pair's modules, which fit moves.
         objective.annealed = annealed  # type: ignore[attr-defined]
     return objective

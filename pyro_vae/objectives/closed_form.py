@@ -1,7 +1,7 @@
 """The documents' losses in closed form, and the reconstruction terms they are built from.
 
-Formulas are written out rather than taken from a distribution's ``log_prob``, so that holding a loss against Pyro's
-proves something. ``docs/mathematics.md`` maps each equation of the source documents to its function.
+Each formula is written out, without a distribution's ``log_prob``: tests compare the two as independent computations.
+``docs/mathematics.md`` maps each equation of the source documents to its function.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LOG_2PI = math.log(2 * math.pi)
 
 
 class AnalyticLoss(Protocol):
-    """What :func:`analytic_loss` returns: a ``NamedTuple`` with one field (B,) per site, and their sum."""
+    """A ``NamedTuple`` with one field (B,) per site, and their sum."""
 
     @property
     def total(self) -> Tensor:
@@ -49,7 +49,7 @@ class AnalyticLoss(Protocol):
 
 @runtime_checkable
 class HasClosedForm(Protocol):
-    """A pair that writes its documents' loss out."""
+    """A pair with a method for its loss in closed form."""
 
     def closed_form(self, *batch: Tensor, num_particles: int, mixture_kl: MixtureKL) -> AnalyticLoss: ...
 
@@ -59,8 +59,8 @@ def analytic_loss(
 ) -> AnalyticLoss:
     """Return the documents' closed-form −ELBO of a batch, term by term.
 
-    Divergences are closed; reconstruction terms are averaged over the guide's own draws. With a mixture prior the
-    divergence from it is ``mixture_kl``, by default the documents' upper bound, so that the total is then one too.
+    Divergences are closed. Reconstruction terms are averaged over the guide's draws. The divergence from a mixture
+    prior is ``mixture_kl``, by default the documents' upper bound; the total is then an upper bound too.
 
     Args:
         pair: a pair with a closed form: VAE, SRVAE.
@@ -94,8 +94,8 @@ def gaussian_reconstruction(
         x: (…, *event).
         mean: x̂, (…, *event).
         scale: γ, broadcastable with ``mean``.
-        include_constant: whether to keep (k/2) log 2π, which the documents drop.
-        event_dim: number of trailing dimensions that make one event.
+        include_constant: whether to include (k/2) log 2π, which the documents omit.
+        event_dim: number of trailing event dimensions.
 
     Returns:
         (…), in nats.
@@ -114,14 +114,14 @@ def gaussian_reconstruction(
 
 
 def mse_reconstruction(x: Tensor, mean: Tensor, scale: Tensor | float, *, event_dim: int = 1) -> Tensor:
-    """Return the documents' MSE form, corrected and without its constant: k log γ + k/(2γ²) · MSE(x, x̂).
+    """Return the documents' MSE form, corrected, without its constant.
 
-    MSE(a, b) = (1/k) Σ_n (a_n − b_n)²
+    k log γ + k/(2γ²) · MSE(x, x̂),   MSE(a, b) = (1/k) Σ_n (a_n − b_n)²
 
     Args:
         x, mean: (…, *event).
         scale: one γ.
-        event_dim: number of trailing dimensions that make one event.
+        event_dim: number of trailing event dimensions.
 
     Returns:
         (…), in nats, (k/2) log 2π below :func:`gaussian_reconstruction`.
@@ -132,10 +132,11 @@ def mse_reconstruction(x: Tensor, mean: Tensor, scale: Tensor | float, *, event_
 
 
 def documents_mse_reconstruction(x: Tensor, mean: Tensor, scale: Tensor | float, *, event_dim: int = 1) -> Tensor:
-    """Return the MSE form as printed in 000 (20) and (21): k log γ + k/(2γ) · (1/k) Σ_n (x_n − x̂_n).
+    """Return the MSE form as printed in 000 (20) and (21), which has two errors. Use :func:`mse_reconstruction`.
 
-    It is wrong twice, no square and γ for γ², and is kept for ``tests/documents/test_errata.py``. Use
-    :func:`mse_reconstruction`.
+    k log γ + k/(2γ) · (1/k) Σ_n (x_n − x̂_n)
+
+    The square is missing, and γ stands for γ². ``tests/documents/test_errata.py`` shows both.
     """
     size = math.prod(mean.shape[mean.dim() - event_dim :])
     scale = torch.as_tensor(scale, dtype=mean.dtype)
@@ -143,7 +144,7 @@ def documents_mse_reconstruction(x: Tensor, mean: Tensor, scale: Tensor | float,
 
 
 def optimal_scale_reconstruction(mean_squared_error: Tensor, size: int) -> Tensor:
-    """Return the reconstruction term at the best γ, γ*² = E‖x − x̂‖² / k.
+    """Return the reconstruction term at the optimal γ, γ*² = E‖x − x̂‖² / k.
 
     (k/2) log MSE + (k/2)(1 + log 2π)
 
@@ -157,11 +158,11 @@ def optimal_scale_reconstruction(mean_squared_error: Tensor, size: int) -> Tenso
 
 
 def reconstruction(distribution: Any, x: Tensor) -> Tensor:
-    """Return −log p(x | context) of a likelihood, from its parameters and the formula written out.
+    """Return −log p(x | context) of a likelihood, computed from its parameters.
 
     Args:
         distribution: Gaussian, Bernoulli, continuous Bernoulli or discretised logistic, factorised over the event.
-        x: (B, *event); a point mass's support is compared by level index.
+        x: (B, *event).
 
     Returns:
         The distribution's batch shape, in nats.

@@ -1,9 +1,9 @@
-"""The doubly reparameterised gradient of the importance-weighted bound, as one more of Pyro's ELBOs."""
+"""The doubly reparameterised gradient of the importance-weighted bound, as a Pyro ELBO."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,31 +12,30 @@ from torch.func import functional_call
 
 from pyro_vae.objectives.loss import PairLoss
 from pyro_vae.pair.inspection import Inspection
-from pyro_vae.pair.modes import device_of, rehearsal
+from pyro_vae.pair.modes import rehearsal
 from pyro_vae.pair.pair import Pair, Program
 from pyro_vae.pair.site import Site
 from pyro_vae.pair.trace import check_same_latents, run_guide, run_program
-from pyro_vae.runtime.random_state import own_random_state
 
 __all__ = ["DReG"]
 
 
 class DReG(PairLoss):
-    """Maximise the importance-weighted bound with a gradient whose signal does not drown as K grows.
+    """Maximise the importance-weighted bound with a gradient that is not lost in noise as K grows.
 
     ∇_θ:  Σ_k w̃_k ∂ log w_k / ∂θ          ∇_φ:  Σ_k w̃_k² ∂ log w_k / ∂z_k · ∂z_k / ∂φ,      w̃_k = w_k / Σ_j w_j
 
-    The plain gradient for φ has a score term of mean zero whose noise outlives the signal; here a second
-    reparameterisation has taken its place. The guide is scored again at its own draws with its parameters held fixed.
-    Parameters that model and guide share are allowed: the guide's share is then doubly reparameterised, the model's is
-    not, and the sum is the gradient of the whole.
+    The plain gradient for φ has a score term of mean zero; with many particles its noise hides the signal. A second
+    reparameterisation replaces this term. To do so, the guide is scored again at its draws with fixed parameters.
+    Model and guide may share parameters: the gradient through the guide is doubly reparameterised, the one through the
+    model is not.
 
     Args:
         num_particles: K.
 
     Raises:
-        ValueError: while training, for a guide site without ``rsample``, one that cannot be scored again apart from its
-            draw (a planar flow), a point mass whose place is learned, and programs that are not a pair's.
+        ValueError: while training, for a guide site without ``rsample``, a site that cannot be scored apart from its
+            draw (a planar flow), a learned point mass, and programs that are not a pair's.
 
     Reference:
         Tucker, Lawson, Gu and Maddison (2019), Doubly reparameterized gradient estimators for Monte Carlo objectives,
@@ -48,11 +47,11 @@ class DReG(PairLoss):
     """
 
     def negative(self, pair: Pair, model: Program, guide: Program, *batch: Tensor) -> Tensor:
-        """Return minus the bound summed over the data, a scalar whose gradient is the doubly reparameterised one."""
+        """Return minus the bound, summed over the data, with the doubly reparameterised gradient."""
         drawn = run_program(pair, guide, *batch, num_particles=self.num_particles)
         _check_reparameterised(drawn)
-        # Copies leave the graph in which later sites depend on earlier ones without a hook, so that no path is weighed
-        # twice; and a flow finds no cached inverse for them, which would hide their gradient.
+        # Hooks go on copies: the draws themselves feed later sites, and such a path would be weighted twice. A flow
+        # finds no cached inverse for a copy; the cache would hide its gradient.
         copies = {name: site.drawn.clone() for name, site in drawn.items()}
         replayed = run_program(pair, model, *batch, num_particles=self.num_particles, values=copies)
         check_same_latents(drawn, replayed)
@@ -60,7 +59,7 @@ class DReG(PairLoss):
         log_weights = log_joint - _log_guide(pair, copies, self.num_particles, batch)
         normalised = log_weights.detach().softmax(0)
         for name, copy in copies.items():
-            # A second factor w̃ on what reaches the draw, and only there: the model's parameters see one.
+            # A second factor w̃ on the draw's gradient alone; the model's parameters see one.
             if copy.requires_grad:
                 copy.register_hook(_times(drawn[name].broadcast(normalised)))
         bound = torch.logsumexp(log_weights, 0) - math.log(self.num_particles)
@@ -68,31 +67,30 @@ class DReG(PairLoss):
         return (surrogate - bound.sum()).detach() - surrogate
 
     def check(self, inspection: Inspection, batch: tuple[Tensor, ...]) -> None:
-        """Refuse a guide whose density at given draws changes from run to run, since it is scored twice."""
+        """Refuse a guide whose density at fixed draws changes from run to run: it is scored twice."""
         pair, values = inspection.pair, {name: site.drawn for name, site in inspection.training.guide.items()}
         scores = []
-        with rehearsal(pair):
-            for seed in (1, 2):
-                with own_random_state(seed, device_of(pair)):
-                    again = run_guide(pair, *inspection.batch, num_particles=1, values=values)
-                    scores.append({name: site.log_prob for name, site in again.items()})
+        for seed in (1, 2):
+            with rehearsal(pair, seed):
+                again = run_guide(pair, *inspection.batch, num_particles=1, values=values)
+                scores.append({name: site.log_prob for name, site in again.items()})
         for name, first in scores[0].items():
             if not torch.equal(first, scores[1][name]):
                 raise ValueError(
                     f"the guide's density at '{name}' changes from run to run at the same draws (it corrupts its data, "
-                    "or drops units out), so that scoring twice is scoring two guides: use the objective iwae"
+                    "or drops units out); DReG scores it twice and needs one density: use the objective iwae"
                 )
 
 
-def _times(factor: Tensor) -> Any:
+def _times(factor: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda gradient: gradient * factor
 
 
 class _Scored(nn.Module):
-    """log q of given values as a module, so that ``functional_call`` can put fixed parameters in for the pair's.
+    """Score given values under the guide, as a module for ``functional_call`` with fixed parameters.
 
-    The log-densities are taken inside the call, since a flow's transform is a module and reads its parameters then;
-    the parameters are not announced to Pyro, since no optimiser must see the fixed ones.
+    The log-densities are computed inside the call, where a flow's transforms read their parameters. The guide runs as
+    a plain function: Pyro's optimisers must not see the fixed parameters.
     """
 
     def __init__(self, pair: Pair) -> None:
@@ -113,18 +111,18 @@ class _Scored(nn.Module):
 
 _UNSCORED = (
     "the guide's site '{}' cannot be scored again apart from its draw, with the parameters held fixed: use the "
-    "objective iwae, or transforms that have an inverse and keep nothing of the draw"
+    "objective iwae, or transforms that have an inverse and cache nothing of the draw"
 )
 
 
 def _log_guide(pair: Pair, copies: dict[str, Tensor], num_particles: int, batch: tuple[Tensor, ...]) -> Tensor:
-    """Return log q of the copies, (K, B), as a function of them alone."""
+    """Return log q of the copies, (K, B), with a gradient for them alone."""
     fixed = {f"pair.{name}": parameter.detach() for name, parameter in pair.named_parameters()}
     parameters = {id(parameter) for parameter in pair.parameters()}
     terms = functional_call(_Scored(pair), fixed, (copies, num_particles, *batch))
     for name, term in terms.items():
         if _leaves(term, copies) & parameters:
-            # A transform may keep the draw's log-determinant, made with the parameters themselves.
+            # A transform may cache the draw's log-determinant, computed with the parameters themselves.
             raise ValueError(_UNSCORED.format(name))
     total: Any = sum(terms.values())
     return total

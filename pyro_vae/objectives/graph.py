@@ -32,25 +32,27 @@ class _Balanced(InnerProductGraph):
             )
         linked, unlinked = ((pairs / count).to(self.nodes.dtype) for count in (edges, pairs - edges))
         total = self.weighted_log_prob(value, linked, unlinked)
-        # The sum over ordered pairs has each edge twice and each node with itself once.
-        own = logsigmoid(self.nodes.square().sum(-1)).sum(-1)
-        return total + linked / 2 * own if self.self_links else total
+        # The published sum over ordered pairs has each edge twice, and each node with itself once.
+        loops = logsigmoid(self.nodes.square().sum(-1)).sum(-1)
+        return total + linked / 2 * loops if self.self_links else total
 
 
 class BalancedGraphLoss(TraceMeanField_ELBO):
-    """Weigh the few edges of a graph like its many unlinked pairs: a training loss, and no −ELBO.
+    """Weight the few edges of a graph like its many unlinked pairs: a training loss, and no −ELBO.
 
-    −E_q [Σ_{i<j} (P/E A_ij log p_ij + P/(P − E) (1 − A_ij) log(1 − p_ij)) + ½ P/E Σ_i log p_ii] + KL(q(z | A) ‖ p(z)),
+    −E_q [Σ_{i<j} (P/E A_ij log p_ij + P/(P − E) (1 − A_ij) log(1 − p_ij)) + ½ P/E Σ_i log p_ii] + KL(q(z | A) ‖ p(z))
 
-    p_ij = σ(z_iᵀ z_j), of P pairs E edges. Both kinds of pairs weigh P in all. The last sum counts every node as linked
-    to itself, which keeps the latents of nodes with few edges, or none, away from zero; docs/results.md measures what
-    it is worth. Weights of pairs are one at least and every logarithm is negative, so that minus the loss lies below
-    the ELBO, but it tends to log p(A) for no guide: report ``pv.log_likelihood``, or the ELBO, instead. Divided by N²
-    it is the published loss, which has N² in the place of 2 P.
+    Here p_ij = σ(z_iᵀ z_j), for P pairs of nodes and E edges. Each kind of pair has total weight P. The last sum counts
+    every node as linked to itself. It keeps the latents of nodes with few edges away from zero; docs/results.md
+    measures its effect.
+
+    Report ``pv.log_likelihood`` or the ELBO, not this loss. Minus the loss lies below the ELBO, because weights of
+    pairs are at least one and logarithms are negative. It does not reach log p(A) for any guide. Divided by N² it is
+    the published loss, which has N² for 2 P.
 
     Args:
         self_links: whether every node counts as linked to itself, as published.
-        settings: those of ``TraceMeanField_ELBO``.
+        settings: arguments of ``TraceMeanField_ELBO``.
 
     Reference:
         Kipf and Welling (2016), Variational graph auto-encoders, section 2, and its code.

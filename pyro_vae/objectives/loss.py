@@ -1,4 +1,4 @@
-"""Losses that need more of a pair than its log-terms: the guide's distributions, or its programs run again."""
+"""Losses that need more of a pair than its log-terms, and the checks of every loss."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ __all__ = ["WEIGHED", "Loss", "PairLoss", "check_loss"]
 
 
 class PairLoss(ELBO, abc.ABC):
-    """One more of Pyro's ELBOs, which reaches the pair behind the programs that it is given.
+    """A Pyro ELBO with access to the pair.
 
-    An objective is a function of :class:`~pyro_vae.LogTerms`; what needs more writes :meth:`negative` and, where not
-    every pair will do, :meth:`check`. It then trains in :func:`~pyro_vae.fit` and in a loop of Pyro's own alike.
+    Most objectives are functions of :class:`~pyro_vae.LogTerms`. Subclass this for one that needs more, e.g. the
+    guide's distributions. Write :meth:`negative`, and :meth:`check` if some pairs must be refused. The loss then trains
+    in :func:`~pyro_vae.fit` and in Pyro's ``SVI``.
 
     Args:
         num_particles: K, draws per datum.
@@ -38,10 +39,10 @@ class PairLoss(ELBO, abc.ABC):
 
     @abc.abstractmethod
     def negative(self, pair: Pair, model: Program, guide: Program, *batch: Tensor) -> Tensor:
-        """Return what is minimised, summed over the data: a scalar with its gradient, in nats."""
+        """Return the loss to minimise, summed over the data: a scalar with its gradient, in nats."""
 
     def check(self, inspection: Inspection, batch: tuple[Tensor, ...]) -> None:
-        """Refuse a pair, or training data, that this loss cannot take; ``fit`` asks before it takes a step."""
+        """Refuse a pair, or training data, that this loss cannot take. ``fit`` calls it before the first step."""
 
     def loss(self, model: Program, guide: Program, *batch: Tensor) -> float:
         """Return the loss summed over the data, in nats."""
@@ -49,7 +50,7 @@ class PairLoss(ELBO, abc.ABC):
             return self.differentiable_loss(model, guide, *batch).item()
 
     def loss_and_grads(self, model: Program, guide: Program, *batch: Tensor) -> float:
-        """Return the loss summed over the data, in nats, and leave its gradients in the parameters."""
+        """Return the loss summed over the data, in nats, and accumulate its gradient in the parameters."""
         loss = self.differentiable_loss(model, guide, *batch)
         loss.backward()
         return loss.item()
@@ -61,10 +62,8 @@ class PairLoss(ELBO, abc.ABC):
         return self.negative(guide.pair, model, guide, *batch)
 
     def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
-        # Pyro's base class asks for it; both traces are of one plain draw.
-        pair = guide.pair
-        programs = type(pair).model, type(pair).guide
-        drawn, replayed = pyro_traces(pair, *programs, pair, *args, num_particles=self.num_particles)
+        # Pyro's base class requires it.
+        drawn, replayed = pyro_traces(guide.pair, model, guide, *args, num_particles=self.num_particles)
         return replayed, drawn
 
 
@@ -76,12 +75,19 @@ WEIGHED = (Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO)
 def check_loss(
     inspection: Inspection, loss: Loss, batch: tuple[Tensor, ...], *, num_particles: int, uses_beta: bool
 ) -> None:
-    """Refuse what would train in silence on something else than was asked for.
+    """Refuse a loss that would silently train on something else.
+
+    Args:
+        inspection: of the pair.
+        loss: the loss.
+        batch: the training data and conditions.
+        num_particles: K as passed to ``fit``.
+        uses_beta: whether ``fit`` was passed β or a warm-up.
 
     Raises:
-        ValueError: for a Pyro loss that cannot see the pair's parameters, a number of particles beside a Pyro ELBO, β
-            beside a loss without a divergence to weigh, closed divergences where their conditions fail, and an
-            objective whose gradient through the guide's draws does not exist.
+        ValueError: for a Pyro loss that cannot see the pair's parameters, K for a Pyro ELBO, β for a loss without a
+            divergence to weight, closed divergences if their conditions fail, and an objective without a gradient
+            through the guide's draws.
     """
     name = getattr(loss, "__name__", type(loss).__name__)
     if name.startswith("Jit") or isinstance(loss, ReweightedWakeSleep):
@@ -101,13 +107,13 @@ def check_loss(
         loss.check(inspection, batch)
     if not isinstance(loss, ELBO):
         _check_reparameterised(inspection.training)
-        # What an objective anneals is moved, and recorded, with the pair.
+        # fit moves and saves the numbers that are modules of the pair, and no others.
         if (annealed := getattr(loss, "annealed", None)) is not None and annealed not in list(
             inspection.pair.modules()
         ):
             raise ValueError(
-                f"{getattr(loss, '__name__', 'the objective')} follows a number that is no module of the pair, so that "
-                "nothing would move it: keep it as an attribute of the pair"
+                f"{getattr(loss, '__name__', 'the objective')} follows a number that is no module of the pair, and "
+                "nothing would move it: store it as an attribute of the pair"
             )
 
 
@@ -124,7 +130,7 @@ def _check_reparameterised(trace: PairTrace) -> None:
     for name, site in trace.guide.items():
         if not site.is_reparameterised:
             raise ValueError(
-                f"the guide's site '{name}' ({site.family}) has no rsample, so that this loss's "
-                "gradient would leave out how its draws depend on the parameters: train with Pyro's Trace_ELBO, "
-                "TraceGraph_ELBO (lower variance) or TraceEnum_ELBO (sums over it)"
+                f"the guide's site '{name}' ({site.family}) has no rsample, and this loss's gradient would leave out "
+                "the dependence of its draws on the parameters: train with Pyro's Trace_ELBO, TraceGraph_ELBO (lower "
+                "variance) or TraceEnum_ELBO (sums over it)"
             )

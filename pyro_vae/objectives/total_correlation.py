@@ -1,4 +1,4 @@
-"""The divergence from the prior in three parts, and the objective of β-TCVAE that weighs them apart."""
+"""The divergence from the prior in three parts, and the objective of β-TCVAE that weights each."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ __all__ = ["DivergenceSplit", "TotalCorrelationELBO", "divergence_split"]
 class DivergenceSplit(NamedTuple):
     """The three parts of log q(z | x) − log p(z), each averaged over particles, (B,), in nats.
 
-    ``mutual_information``: log q(z | x) − log q(z), of data and latents; ``total_correlation``:
-    log q(z) − Σ_l log q(z_l), of the latents with one another; ``dimension_wise``: Σ_l log q(z_l) − log p(z).
+    Args:
+        mutual_information: log q(z | x) − log q(z), of data and latents.
+        total_correlation: log q(z) − Σ_l log q(z_l), between the latents.
+        dimension_wise: Σ_l log q(z_l) − log p(z).
     """
 
     mutual_information: Tensor
@@ -34,25 +36,24 @@ def divergence_split(
 ) -> DivergenceSplit:
     """Split the divergence from the prior into mutual information, total correlation and dimension-wise divergence.
 
-    q(z) = (1/N) Σ_n q(z | x_n) is the guide averaged over the data. At a draw z of datum i it is estimated from a batch
-    of M by its own posterior and the others', which stand for all the rest:
+    The aggregate posterior is q(z) = (1/N) Σ_n q(z | x_n). At a draw z of datum i it is estimated from a batch of M:
 
     q̂(z) = (1/N) q(z | x_i) + (N − 1) / (N (M − 1)) Σ_{j ≠ i} q(z | x_j),      and likewise each q̂(z_l)
 
-    It is exact where the batch is the data, and unbiased (before the logarithm) where the batch is drawn from them
-    without replacement. The three parts add up to log q(z | x) − log p(z) at every draw, whatever the batch.
+    The estimate is exact if the batch is the whole data set. It is unbiased (before the logarithm) for a batch drawn
+    without replacement. The three parts add up to log q(z | x) − log p(z) at every draw, for any batch.
 
     Args:
         pair: a pair whose guide has one latent site, factorised over the entries of a vector.
         batch: ``x`` (M, …) and the pair's conditions.
-        data_size: N; the batch's own size without it.
+        data_size: N; M without it.
         num_particles: K, draws per datum.
 
     Returns:
         :class:`DivergenceSplit`.
 
     Raises:
-        ValueError: for other guides, and a batch that is larger than the data.
+        ValueError: for other guides, and a batch larger than the data.
 
     Reference:
         Chen, Li, Grosse and Duvenaud (2018), Isolating sources of disentanglement in VAEs, NeurIPS (there, the estimate
@@ -68,11 +69,11 @@ def divergence_split(
 
 
 class TotalCorrelationELBO(PairLoss):
-    """Maximise the ELBO with the three parts of its divergence weighed apart: β-TCVAE.
+    """Maximise the ELBO with a weight for each of the three parts of its divergence: β-TCVAE.
 
     E log p(x | z) − α · mutual information − β · total correlation − γ · dimension-wise divergence
 
-    With all weights 1 it is the ELBO, draw by draw. See :func:`divergence_split` for the estimate.
+    With all weights 1 it is the ELBO at every draw. See :func:`divergence_split` for the estimate.
 
     Args:
         beta: β ≥ 0.
@@ -81,8 +82,8 @@ class TotalCorrelationELBO(PairLoss):
         num_particles: K.
 
     Raises:
-        ValueError: for weights that are negative or not finite, N < 1; before training, for guides without exactly one
-            factorised latent site, and N that is not the number of training data.
+        ValueError: for weights that are negative or not finite, and N < 1. Before training, for another N than the
+            number of training data, and for guides without exactly one factorised latent site.
 
     Reference:
         Chen, Li, Grosse and Duvenaud (2018), Isolating sources of disentanglement in VAEs, NeurIPS.
@@ -105,15 +106,15 @@ class TotalCorrelationELBO(PairLoss):
         self.alpha, self.beta, self.gamma, self.data_size = alpha, beta, gamma, data_size
 
     def negative(self, pair: Pair, model: Program, guide: Program, *batch: Tensor) -> Tensor:
-        """Return minus the weighed bound, summed over the data."""
-        # The programs, not the pair's methods: Pyro's own SVI then sees their parameters.
+        """Return minus the weighted bound, summed over the data."""
+        # Programs, not the class's plain functions: Pyro's SVI then sees their parameters.
         trace = trace_programs(pair, model, guide, *batch, num_particles=self.num_particles)
         information, correlation, dimension_wise = _split(pair, trace, self.data_size)
         penalty = self.alpha * information + self.beta * correlation + self.gamma * dimension_wise
         return -(trace.terms.log_lik - penalty).mean(0).sum()
 
     def check(self, inspection: Inspection, batch: tuple[Tensor, ...]) -> None:
-        """Refuse a guide that cannot be split, and another number of training data."""
+        """Refuse a guide that cannot be split, and another N than the number of training data."""
         if self.data_size != len(batch[0]):
             raise ValueError(f"data_size is {self.data_size}; there are {len(batch[0])} training data")
         with torch.no_grad():
@@ -139,11 +140,11 @@ def _split(pair: Pair, trace: PairTrace, size: int) -> tuple[Tensor, Tensor, Ten
 def _log_weights(count: int, size: int, like: Tensor) -> Tensor:
     """Return log-weights (i, j) of posterior j in q̂ at a draw of datum i."""
     if count == 1:
-        # Without others nothing stands for the rest: q̂ is the one posterior there is.
+        # A batch of one: q̂ is its posterior.
         return like.new_zeros(1, 1)
-    own = torch.eye(count, dtype=torch.bool, device=like.device)
+    same = torch.eye(count, dtype=torch.bool, device=like.device)
     others = math.log((size - 1) / (size * (count - 1)))
-    return like.new_full((count, count), others).masked_fill(own, -math.log(size))
+    return like.new_full((count, count), others).masked_fill(same, -math.log(size))
 
 
 def _factorised_site(pair: Pair, trace: PairTrace) -> Site:

@@ -1,1 +1,28 @@
-"""A model and a guide over the same latents, and their log-densities."""
+"""A model and a guide over the same latents, and their log-densities.
+
+Import from here to write an estimator. :func:`inspect` checks data and returns facts about a pair.
+:func:`trace_pair` runs its guide and model. :class:`Site` reads a sample site.
+"""
+
+from pyro_vae.pair.inspection import Inspection, inspect
+from pyro_vae.pair.pair import Pair
+from pyro_vae.pair.site import Site
+from pyro_vae.pair.terms import LogTerms, SiteTerms
+from pyro_vae.pair.trace import PairTrace, log_terms, run_guide, run_model, site_terms, trace_pair
+from pyro_vae.pair.weights import effective_sample_size
+
+__all__ = [
+    "Inspection",
+    "LogTerms",
+    "Pair",
+    "PairTrace",
+    "Site",
+    "SiteTerms",
+    "effective_sample_size",
+    "inspect",
+    "log_terms",
+    "run_guide",
+    "run_model",
+    "site_terms",
+    "trace_pair",
+]

@@ -1,4 +1,4 @@
-"""Numbers that move while a pair trains: a temperature that falls, a capacity that rises."""
+"""Numbers that change while a pair trains, e.g. a temperature or a capacity."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ __all__ = ["Annealed", "advance", "annealed"]
 class Annealed(nn.Module):
     """Move from ``start`` to ``end`` over the first epochs of a run, then stay there.
 
-    ``value`` is a buffer, not a Python number: a recorded training step then reads it anew each time, and a checkpoint
-    keeps it. :func:`~pyro_vae.fit` moves it before each step; a loop of your own calls :func:`advance`.
+    :func:`~pyro_vae.fit` moves it before each step. In a loop that you write, call :func:`advance`. ``value`` is a
+    buffer: a captured step reads it at each replay, and checkpoints save it.
 
     Args:
         start, end: the first value and the last.
-        epochs: how long the way takes, in epochs; 0 begins at the end.
-        geometric: whether equal times multiply by equal factors, rather than add equal amounts.
+        epochs: length of the move; 0 starts at ``end``.
+        geometric: interpolate log-values instead of values.
 
     Raises:
-        ValueError: for values that are not finite, negative epochs, and a geometric way that is not between positive
-            numbers.
+        ValueError: for values that are not finite, negative epochs, and a geometric move unless both values are
+            positive.
 
     >>> capacity = Annealed(0.0, 25.0, epochs=10)
     >>> capacity.move_to(2.0)
@@ -43,7 +43,7 @@ class Annealed(nn.Module):
         self.register_buffer("value", torch.tensor(self.start if epochs else self.end))
 
     def move_to(self, epochs: float) -> None:
-        """Take the value that belongs to this many epochs, counted from the start of the run."""
+        """Set the value for a time in epochs since the start of the run."""
         share = min(1.0, epochs / self.epochs) if self.epochs else 1.0
         if self.geometric:
             self.value.fill_(self.start ** (1 - share) * self.end**share)
@@ -55,11 +55,11 @@ class Annealed(nn.Module):
 
 
 def advance(module: nn.Module, epochs: float) -> None:
-    """Move every :class:`Annealed` number inside a module to where it is after ``epochs`` epochs."""
+    """Move every :class:`Annealed` number of a module to its value after ``epochs`` epochs."""
     for part in annealed(module):
         part.move_to(epochs)
 
 
 def annealed(module: nn.Module) -> list[Annealed]:
-    """Return every :class:`Annealed` number inside a module."""
+    """Return every :class:`Annealed` number of a module."""
     return [part for part in module.modules() if isinstance(part, Annealed)]

@@ -1,4 +1,4 @@
-"""Data that no pair could take, refused in words before anything is computed from them."""
+"""Refuse data that a pair cannot take, before anything is computed from them."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from pyro_vae.pair.site import Site
 
 __all__ = ["check_batch", "check_tensor", "refuse_outside"]
 
-# Entries that are looked at together. Marks of them all would take twice what the data do, which may be a file mapped
-# into memory.
+# Entries checked together. Marks of all entries could take more memory than the data, e.g. a memory-mapped file.
 ENTRIES = 2**20
 
 
 def check_batch(pair: Pair, batch: tuple[Tensor, ...], argument: str = "x") -> None:
-    """Refuse data that no pair can take: empty, of another shape or dtype, NaN or infinite.
+    """Refuse data that are empty, of another shape or dtype, NaN or infinite.
 
     Raises:
-        ValueError: naming the argument, what is wrong and how to mend it.
+        ValueError: naming the argument, the fault and the way out.
     """
     if not batch or not all(isinstance(tensor, Tensor) for tensor in batch):
         raise ValueError(f"{argument} must be a tensor, or a tuple of tensors: the data and the pair's conditions")
@@ -41,10 +40,10 @@ def check_batch(pair: Pair, batch: tuple[Tensor, ...], argument: str = "x") -> N
 
 
 def check_tensor(x: Tensor, dtype: torch.dtype, argument: str) -> None:
-    """Refuse a tensor of another dtype, and NaN or infinite values.
+    """Refuse a tensor of another dtype, or with NaN or infinite values.
 
     Raises:
-        ValueError: naming the argument, what is wrong and how to mend it.
+        ValueError: naming the argument, the fault and the way out.
     """
     if x.dtype != dtype:
         raise ValueError(f"{argument} is {x.dtype}, the pair computes with {dtype}: use {argument}.to({dtype})")
@@ -62,12 +61,12 @@ def _check_finite(x: Tensor, argument: str) -> None:
 
 
 def _parts(x: Tensor) -> tuple[Tensor, ...]:
-    """Return data in parts by rows."""
+    """Split data by rows into parts of about ``ENTRIES`` entries."""
     return x.split(max(1, ENTRIES * len(x) // max(1, x.numel())))
 
 
 def _marked(parts: Iterable[Tensor]) -> tuple[int, tuple[int, ...]]:
-    """Return how many entries are true in consecutive parts by rows, and the index of the first."""
+    """Count the true entries of consecutive parts by rows, and find the index of the first."""
     count, first, start = 0, (), 0
     for marks in parts:
         found = int(marks.sum())
@@ -79,13 +78,19 @@ def _marked(parts: Iterable[Tensor]) -> tuple[int, tuple[int, ...]]:
 
 
 def refuse_outside(site: Site, value: Tensor, argument: str, seen: Tensor | None = None) -> None:
-    """Refuse values outside the support of a site, entry by entry.
+    """Refuse values outside a site's support, entry by entry.
+
+    Args:
+        site: an observed site.
+        value: data, (N, …).
+        argument: the argument's name, for messages.
+        seen: True at the entries to check; all of them without it.
 
     Raises:
-        ValueError: with their number, the first one, and the likelihoods that would take it.
+        ValueError: with their number, the first one, and likelihoods that would take it.
     """
     support = site.entry_support
-    # A support that depends on a batch's parameters has its shape; Pyro checks it batch by batch.
+    # A support that depends on a batch's parameters has the batch's shape; Pyro checks it batch by batch.
     if support.check(value[:1]).shape != value[:1].shape:
         return
     outside = (~support.check(part) for part in _parts(value))

@@ -1,8 +1,8 @@
-"""Effect handlers that change how a pair's sites count, while its programs stay as they are."""
+"""Effect handlers for a pair's sites."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,13 +11,29 @@ from torch import Tensor
 
 from pyro_vae.pair.site import bare, is_point_mass
 
-__all__ = ["ReplaceLikelihood", "scaled_latents"]
+__all__ = ["HoldLatents", "ReplaceLikelihood", "scaled_latents"]
+
+
+@contextmanager
+def scaled_latents(beta: float | Tensor) -> Iterator[None]:
+    """Weigh the divergence of any Pyro ELBO inside by β.
+
+    log p(x | z) + β [log p(z) − log q(z | x)]
+
+    ``poutine.scale`` cannot do this: it refuses β = 0, where warm-ups begin, and scales the data term too.
+    """
+    # In a captured step β is a tensor, whose value must not be read.
+    if not isinstance(beta, Tensor) and beta == 1.0:
+        yield
+    else:
+        with _ScaleLatents(beta):
+            yield
 
 
 class _ScaleLatents(Messenger):
     """Scale the log-densities of latent sites by β ≥ 0, in the guide and in the model that replays it.
 
-    A site that the guide fixes to a point mass is data, not a latent to regularise, and keeps its weight.
+    A site that the guide fixes to a point mass counts as data and is not scaled.
     """
 
     def __init__(self, beta: float | Tensor) -> None:
@@ -34,25 +50,27 @@ class _ScaleLatents(Messenger):
             msg["scale"] = msg["scale"] * self.beta
 
 
-@contextmanager
-def scaled_latents(beta: float | Tensor) -> Iterator[None]:
-    """Weigh the divergence terms of any Pyro ELBO inside by β: log p(x | z) + β [log p(z) − log q(z | x)].
+class HoldLatents(Messenger):
+    """Set latent sites to given values. They are scored, and stay latent.
 
-    ``poutine.scale`` refuses β = 0, where warm-ups begin, and weighs the data term too.
+    Args:
+        values: by site, in the program's order.
     """
-    # In a captured step β is a tensor, whose value must not be read.
-    if not isinstance(beta, Tensor) and beta == 1.0:
-        yield
-    else:
-        with _ScaleLatents(beta):
-            yield
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.values and not msg["is_observed"]:
+            msg["value"], msg["done"] = self.values[msg["name"]], True
 
 
 class ReplaceLikelihood(Messenger):
-    """Put another distribution in the place of an observed site's.
+    """Replace the distribution of observed sites.
 
     Args:
-        replace: maps the site's distribution, without wrappers, to another one, or to None to leave it.
+        replace: maps a site's distribution, without wrappers, to another one, or to None to leave it.
     """
 
     def __init__(self, replace: Callable[[Any], Any]) -> None:

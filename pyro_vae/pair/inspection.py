@@ -1,4 +1,4 @@
-"""Facts about a pair, established by running its programs once on a few data."""
+"""Facts about a pair, from one run of its programs on a few data."""
 
 from __future__ import annotations
 
@@ -10,29 +10,28 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from pyro_vae.pair.checks import check_batch, refuse_outside
-from pyro_vae.pair.modes import device_of, evaluation, rehearsal, to_pair
+from pyro_vae.pair.modes import drawing, rehearsal, to_pair
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.site import Site
 from pyro_vae.pair.trace import PairTrace, check_measures, trace_pair
-from pyro_vae.runtime.random_state import own_random_state
 
 __all__ = ["Inspection", "inspect"]
 
-# Data that the programs are run on: two, so that a batch dimension differs from a broadcast one.
+# Rows that the programs run on: with two, a batch dimension differs from a broadcast one.
 FEW = 2
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """Facts about a pair that training, evaluation and reports ask for.
+    """Facts about a pair that training, evaluation and reports need.
 
-    ``fit`` and ``log_likelihood`` inspect once per call and hand the result down.
+    Inspect once per public call, and hand the result down.
 
     Args:
         pair: the pair.
-        batch: the data and conditions that it was run on, at most two rows, on the pair's device.
-        trace: guide and model in evaluation mode, one particle.
-        networks: the pair's networks, i.e. its outermost modules that hold parameters and return tensors.
+        batch: at most two rows of the data and conditions, on the pair's device.
+        trace: guide and model on this batch, in evaluation mode, one particle.
+        networks: the pair's outermost modules that hold parameters and return tensors.
     """
 
     pair: Pair
@@ -54,35 +53,35 @@ class Inspection:
     def quantity(self) -> str:
         """Name of the quantity that the guide's log-weights estimate.
 
-        "log p(x)"; "lower bound on log p(x)" where the guide puts a point mass on a discrete site; the joint density
-        "log p(x, y)" where it puts one on a continuous site ``y``.
+        * "log p(x)" for a guide without point masses;
+        * "log p(x, y)", a joint density, for a point mass on a continuous site ``y``;
+        * "lower bound on …" for a point mass on a discrete site.
         """
-        fixed = [name for name in self.trace.model if name in self.trace.point_masses]
-        joint = [name for name in fixed if not self.trace.model[name].is_discrete]
-        target = self._log_p(joint)
-        return f"lower bound on {target}" if fixed and not joint else target
+        fixed = [site for name, site in self.trace.model.items() if name in self.trace.point_masses]
+        target = self._log_p([site.name for site in fixed if not site.is_discrete])
+        return f"lower bound on {target}" if any(site.is_discrete for site in fixed) else target
 
     @property
     def prior_quantity(self) -> str:
-        """Name of the quantity that draws from the prior estimate: log p(x) whatever the guide fixes."""
+        """Name of the quantity that draws from the prior estimate, "log p(x)" with or without point masses."""
         return self._log_p([])
 
     @cached_property
     def training(self) -> PairTrace:
         """Guide and model in training mode, one particle; a pair may e.g. relax discrete draws there."""
-        with rehearsal(self.pair), own_random_state(0, device_of(self.pair)):
+        with rehearsal(self.pair, seed=0):
             return trace_pair(self.pair, *self.batch)
 
     def check(self, batch: tuple[Tensor, ...], argument: str, seen: Tensor | None = None) -> None:
-        """Refuse data that the pair cannot take, or that lie outside its likelihood's support.
+        """Refuse more data, e.g. for validation, as :func:`inspect` does.
 
         Args:
             batch: data and conditions.
-            argument: name of the argument that they came by, for the message.
-            seen: marks the entries of ``x`` that count; all of them without it.
+            argument: the argument's name, for messages.
+            seen: True at the entries of ``x`` to check; all of them without it.
 
         Raises:
-            ValueError: naming the argument, what is wrong and how to mend it.
+            ValueError: naming the argument, the fault and the way out.
         """
         check_batch(self.pair, batch, argument)
         refuse_outside(self.x, batch[0], argument, seen)
@@ -93,17 +92,22 @@ class Inspection:
 
 
 def inspect(pair: Pair, batch: tuple[Tensor, ...], argument: str = "x", seen: Tensor | None = None) -> Inspection:
-    """Check data against a pair and return facts about it, from one run of its programs on two data.
+    """Check data against a pair, run it once on two data, and return facts about it.
+
+    The pair and the caller's random state are left unchanged.
 
     Args:
-        pair: any pair; it is left as it was, as is the caller's random state.
+        pair: any pair.
         batch: ``x`` (N, …) and the pair's conditions.
-        argument: name of the argument that the data came by, for messages.
-        seen: marks the entries of ``x`` that count; all of them without it.
+        argument: the data's argument, for messages.
+        seen: True at the entries of ``x`` to check; all of them without it.
+
+    Returns:
+        :class:`Inspection`.
 
     Raises:
-        ValueError: for data that the pair cannot take, data outside the likelihood's support, latent sites that model
-            and guide do not share, and a guide of another kind (a mass or a density) than the model.
+        ValueError: for data that the pair cannot take or outside the likelihood's support, and for a guide with other
+            sites, or another kind of density, than the model's.
 
     >>> import torch, pyro_vae as pv
     >>> inspect(pv.models.LinearGaussianVAE(5, 2), (torch.zeros(3, 5),)).quantity
@@ -112,7 +116,7 @@ def inspect(pair: Pair, batch: tuple[Tensor, ...], argument: str = "x", seen: Te
     check_batch(pair, batch, argument)
     few = to_pair(pair, tuple(tensor[:FEW] for tensor in batch))
     finder = _NetworkFinder(pair)
-    with evaluation(pair), own_random_state(0, device_of(pair)), finder:
+    with drawing(pair, seed=0), finder:
         trace = trace_pair(pair, *few)
         check_measures(trace)
     refuse_outside(trace.x, batch[0], argument, seen)
@@ -120,9 +124,9 @@ def inspect(pair: Pair, batch: tuple[Tensor, ...], argument: str = "x", seen: Te
 
 
 class _NetworkFinder:
-    """Watch which modules call which while a pair runs.
+    """Record by hooks which modules call which while a pair runs.
 
-    A module that returns a distribution is no network, nor is the pair itself.
+    Neither the pair nor a module that returns a distribution is a network.
     """
 
     def __init__(self, pair: Pair) -> None:

@@ -1,4 +1,4 @@
-"""How a pair is run: where, in which mode, with which random state."""
+"""Run a pair in a mode, on a device, from a seed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 from pyro_vae.pair.pair import Pair
 from pyro_vae.runtime.random_state import own_random_state
 
-__all__ = ["device_of", "drawing", "evaluation", "rehearsal", "to_pair"]
+__all__ = ["chunks", "device_of", "drawing", "evaluation", "in_mode", "rehearsal", "to_pair"]
 
 
 def device_of(pair: Pair) -> torch.device:
-    """Return the device of the pair's parameters or buffers, the CPU where there are none."""
+    """Return the device of the pair's parameters or buffers, the CPU if it has none."""
     return next((t.device for t in (*pair.parameters(), *pair.buffers())), torch.device("cpu"))
 
 
@@ -26,42 +26,72 @@ def to_pair(pair: Pair, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(tensor.to(device) for tensor in batch)
 
 
+def chunks(batch: tuple[Tensor, ...], size: int) -> Iterator[tuple[Tensor, ...]]:
+    """Yield data and conditions in chunks of at most ``size`` rows.
+
+    >>> [len(x) for x, _ in chunks((torch.zeros(5, 2), torch.zeros(5)), 2)]
+    [2, 2, 1]
+    """
+    for rows in torch.arange(len(batch[0]), device=batch[0].device).split(size):
+        yield tuple(tensor[rows] for tensor in batch)
+
+
+@contextmanager
+def in_mode(pair: Pair, *, training: bool) -> Iterator[None]:
+    """Put a pair in training or evaluation mode; each module's flag is restored afterwards."""
+    flags = {module: module.training for module in pair.modules()}
+    pair.train(training)
+    try:
+        yield
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+
+
 @contextmanager
 def evaluation(pair: Pair) -> Iterator[None]:
-    """Run a pair in evaluation mode, without gradients or validation; its training flags come back afterwards."""
-    flags = {module: module.training for module in pair.modules()}
-    pair.eval()
-    try:
-        with torch.inference_mode(), pyro.validation_enabled(False):
-            yield
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
-
-
-@contextmanager
-def rehearsal(pair: Pair) -> Iterator[None]:
-    """Run a pair in training mode, without gradients or validation; its flags and buffers come back afterwards.
-
-    What a pair does while training may differ from what is evaluated: a relaxation of discrete draws, say.
-    """
-    flags = {module: module.training for module in pair.modules()}
-    places = [module._buffers for module in pair.modules()]
-    # Copies, since a layer may change a buffer in place, and the tensors themselves, since it may assign another.
-    kept = [[(name, b, b.clone()) for name, b in held.items() if b is not None] for held in places]
-    pair.train()
-    try:
-        with torch.inference_mode(False), torch.no_grad(), pyro.validation_enabled(False):
-            yield
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
-        for held, buffers in zip(places, kept, strict=True):
-            held.update({name: buffer.copy_(copy) for name, buffer, copy in buffers})
+    """Run a pair in evaluation mode, without gradients or validation."""
+    with in_mode(pair, training=False), torch.inference_mode(), pyro.validation_enabled(False):
+        yield
 
 
 @contextmanager
 def drawing(pair: Pair, seed: int | None) -> Iterator[None]:
-    """Evaluate the pair with draws from a seed of their own; ordinary tensors come out."""
+    """Run a pair in evaluation mode from a seed, without gradients or validation.
+
+    The tensors that come out are ordinary ones, not inference tensors. The caller's random state is restored.
+
+    Args:
+        pair: any pair.
+        seed: of the draws; fresh entropy for None.
+    """
     with evaluation(pair), torch.inference_mode(False), torch.no_grad(), own_random_state(seed, device_of(pair)):
         yield
+
+
+@contextmanager
+def rehearsal(pair: Pair, seed: int) -> Iterator[None]:
+    """Run a pair in training mode from a seed, without gradients or validation.
+
+    A pair may differ between the two modes, e.g. relax its discrete draws while training. Buffers and the caller's
+    random state are restored.
+
+    Args:
+        pair: any pair.
+        seed: of the draws.
+    """
+    places = [module._buffers for module in pair.modules()]
+    # Copies, since a layer may change a buffer in place, and the tensors themselves, since it may assign another.
+    saved = [[(name, b, b.clone()) for name, b in place.items() if b is not None] for place in places]
+    try:
+        with (
+            in_mode(pair, training=True),
+            torch.inference_mode(False),
+            torch.no_grad(),
+            pyro.validation_enabled(False),
+            own_random_state(seed, device_of(pair)),
+        ):
+            yield
+    finally:
+        for place, buffers in zip(places, saved, strict=True):
+            place.update({name: buffer.copy_(copy) for name, buffer, copy in buffers})

@@ -1,4 +1,4 @@
-"""The one idea: a model and a guide over the same latent sites, and their log-densities per particle and datum."""
+"""A model and a guide over the same latent sites: the idea that the package is built on."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ __all__ = ["Pair", "Program"]
 class Pair(nn.Module, abc.ABC):
     """Hold a model p(x, z | …) and a guide q(z | x, …) over the same latent sites.
 
-    A subclass writes two Pyro programs and keeps every parameter in the module. Both sample inside
-    ``pyro.plate("data", len(x))``, the batch's own size; ``x`` enters the model only through ``obs=``, and the guide
-    samples every latent site of the model and no other.
+    Write two Pyro programs, and store every parameter in the module. The rules are:
 
-    ``max_plate_nesting`` counts the pair's own plates; particles take the next dimension to the left. ``x_shape`` is
-    the shape of one datum, ``x_dtype`` its type where that is not the parameters' own (token indices, say).
+    * Both programs sample inside ``pyro.plate("data", len(x))``.
+    * ``x`` enters the model only through ``obs=x``.
+    * The guide samples every latent site of the model and no other.
+
+    ``max_plate_nesting`` counts the pair's plates; particles take the next dimension to the left. ``x_shape`` is the
+    shape of one datum. ``x_dtype`` is its dtype if the parameters have another one, e.g. for token indices.
 
     >>> import torch, pyro, pyro.distributions as dist, pyro_vae as pv
     >>> class Coin(Pair):
@@ -52,7 +54,7 @@ class Pair(nn.Module, abc.ABC):
             if not isinstance(method, _AsProgram) and not getattr(method, "__isabstractmethod__", False):
                 setattr(cls, name, _AsProgram(method))
 
-    # Arguments are left open so that a subclass may name its own conditions; every function passes x first.
+    # Arguments are left open: a subclass names its conditions. Every function passes x first.
     @abc.abstractmethod
     def model(self, *args: Any, **kwargs: Any) -> Any:
         """Sample every site of p(x, z | …), with ``obs=x`` at the observed one: ``model(self, x, *conditions)``."""
@@ -63,12 +65,12 @@ class Pair(nn.Module, abc.ABC):
 
 
 class Program(nn.Module):
-    """One of a pair's two Pyro programs as a module that owns the pair.
+    """Wrap one of a pair's two Pyro programs as a module that owns the pair.
 
-    Pyro's own tools then find the parameters: under an effect handler each is announced as a param site that the
-    handler sees and Pyro's global store does not, so that two pairs of one class never share anything.
+    Under an effect handler, each parameter is announced as a param site. Pyro's tools then find it without its global
+    store, and two pairs of one class share nothing.
 
-    What looks parameters up in the store cannot see them: ``JitTrace_ELBO``, ``PyroOptim.get_state``, optimiser
+    Tools that look parameters up in the store cannot see them: ``JitTrace_ELBO``, ``PyroOptim.get_state``, optimiser
     arguments per parameter, ``render_model(render_params=True)``.
     """
 

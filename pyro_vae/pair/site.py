@@ -1,6 +1,6 @@
-"""One sample site of a program: its distribution, its value and its log-density, laid out by particle and datum.
+"""A sample site: its distribution, value and log-density, laid out by particle and datum.
 
-Nothing outside this package reads one of Pyro's site dictionaries; it asks a :class:`Site`.
+Outside ``pyro_vae.pair``, read a :class:`Site` in place of Pyro's site dictionaries.
 """
 
 from __future__ import annotations
@@ -8,21 +8,26 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
-from pyro.distributions import Delta
+import torch
+from pyro.distributions import Delta, Independent, MaskedDistribution
+from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 __all__ = ["DATA", "PARTICLES", "Site", "bare", "is_point_mass", "sites_of"]
 
+# Names of the two plates that a site's value and log-density are laid out by.
 PARTICLES, DATA = "particles", "data"
+# Exact types: a subclass, e.g. OneHots of Independent, is a family of its own.
+WRAPPERS = (torch.distributions.Independent, Independent, ExpandedDistribution, MaskedDistribution)
 
 
 class Site:
-    """One sample site of a program that was run.
+    """One sample site of one run of a program.
 
-    Pyro puts batch dimensions to the left of events, in the order of the plates' ``dim``. A site lays its value and its
-    log-density out as (K, B, …) instead. K is absent where the program ran without a plate of particles.
+    Pyro orders a tensor's batch dimensions by the plates' ``dim``. A site lays its value and its log-density out as
+    (K, B, …) instead, K only if the program ran under a plate of particles.
 
     Args:
         node: Pyro's dictionary for the site.
@@ -41,7 +46,9 @@ class Site:
         self.name: str = node["name"]
         self.fn: Any = node["fn"]
         self.drawn: Tensor = node["value"]
-        self._plates = [frame for frame in node["cond_indep_stack"] if frame.dim is not None]
+        frames = [frame for frame in node["cond_indep_stack"] if frame.dim is not None]
+        self._dims: dict[str, int] = {frame.name: frame.dim for frame in frames}
+        self._sizes: dict[str, int] = {frame.name: frame.size for frame in frames}
 
     @property
     def is_observed(self) -> bool:
@@ -50,7 +57,7 @@ class Site:
 
     @property
     def observation(self) -> Tensor | None:
-        """The tensor given as ``obs=``, also in a run that drew the site anew; None for a latent site."""
+        """The tensor passed as ``obs=``, also in a run that drew the site; None for a latent site."""
         if self.is_observed:
             return self.drawn
         infer = self._node["infer"]
@@ -58,7 +65,7 @@ class Site:
 
     @property
     def bare(self) -> Any:
-        """The distribution inside ``Independent``, expanded and masked wrappers."""
+        """The distribution inside its wrappers: ``Independent``, expanded, masked."""
         return bare(self.fn)
 
     @property
@@ -78,7 +85,7 @@ class Site:
 
     @property
     def is_reparameterised(self) -> bool:
-        """Whether draws carry a gradient (``has_rsample``)."""
+        """Whether draws have a gradient (``has_rsample``)."""
         return bool(self.fn.has_rsample)
 
     @property
@@ -89,7 +96,7 @@ class Site:
 
     @property
     def entry_support(self) -> Any:
-        """The support of one entry of the value, without ``independent`` wrappers."""
+        """The support of one entry of the value."""
         support = self.fn.support
         while hasattr(support, "base_constraint"):
             support = support.base_constraint
@@ -97,107 +104,108 @@ class Site:
 
     @property
     def plates(self) -> tuple[str, ...]:
-        """Names of the plates along the value's leading axes, in the order of :attr:`value`."""
-        own = [frame.name for frame in sorted(self._plates, key=lambda frame: frame.dim) if frame.name not in _LEADING]
-        return (*self._leading(), *own)
+        """Names of the plates along the leading axes of :attr:`value`."""
+        leading = self._leading()
+        ordered = sorted(self._dims, key=lambda name: self._dims[name])
+        return (*leading, *(name for name in ordered if name not in leading))
 
     @cached_property
     def log_prob(self) -> Tensor:
-        """Unscaled log-density (K, B), in nats, masks applied; plates other than particles and data are summed.
+        """Unscaled log-density, masked, summed over all other plates, (K, B), in nats.
 
         Raises:
-            ValueError: for a site outside the data plate, and for batch dimensions that belong to no plate.
+            ValueError: for a site outside the data plate, and for a batch dimension that belongs to no plate.
         """
-        dims = {frame.name: frame.dim for frame in self._plates}
-        if DATA not in dims:
+        if DATA not in self._dims:
             raise ValueError(
                 f"site '{self.name}' lies outside the data plate: sample it inside pyro.plate('data', len(x)), so that "
                 "its log-density belongs to one datum"
             )
-        kept = {dims[name] for name in self._leading()}
+        leading = {self._dims[name] for name in self._leading()}
         log_prob = scale_and_mask(self.fn.log_prob(self.drawn), 1.0, self._node["mask"])
-        others = [dim for dim in range(-log_prob.dim(), 0) if dim not in kept]
-        named = set(dims.values())
-        if stray := [dim for dim in others if log_prob.shape[dim] != 1 and dim not in named]:
-            raise ValueError(
-                f"site '{self.name}' has {log_prob.shape[stray[0]]} entries in dimension {stray[0]} of its batch, "
-                "which belongs to no plate: particles and data come left of and in the pair's plates; make that "
-                "dimension part of the event (.to_event), or give it a plate"
-            )
+        self._check_batch_shape(log_prob.shape)
+        others = [dim for dim in range(-log_prob.dim(), 0) if dim not in leading]
         return log_prob.sum(others) if others else log_prob
 
     @property
     def value(self) -> Tensor:
-        """The value (K, B, plates of the pair's own, *event), expanded where the program's tensor lacks an axis."""
+        """The value, expanded to (K, B, *other plates, *event)."""
         return self.lay_out(self.drawn)
 
     @property
     def data_dim(self) -> int:
-        """Dimension of the data in the program's order, negative."""
-        return next(frame.dim for frame in self._plates if frame.name == DATA) - int(self.fn.event_dim)
+        """Dimension of the data in :attr:`drawn`, negative."""
+        return self._dims[DATA] - int(self.fn.event_dim)
 
     def lay_out(self, tensor: Tensor, event_dim: int | None = None) -> Tensor:
-        """Lay a tensor in the program's order, such as the distribution's mean, out as :attr:`value` is.
+        """Lay out a tensor in the program's order, e.g. the distribution's mean, as :attr:`value` is.
 
         Args:
             tensor: (*batch, *event), broadcastable against the site's plates.
-            event_dim: how many trailing dimensions are event; those of the distribution without it.
+            event_dim: number of trailing event dimensions; the distribution's without it.
 
         Returns:
-            (K, B, plates of the pair's own, *event).
+            (K, B, *other plates, *event).
+
+        Raises:
+            ValueError: for a batch dimension that belongs to no plate.
         """
         count = self.fn.event_dim if event_dim is None else event_dim
-        event = tensor.shape[tensor.dim() - count :]
+        batch, event = tensor.shape[: tensor.dim() - count], tensor.shape[tensor.dim() - count :]
+        self._check_batch_shape(batch)
         whole = tensor.expand(*self._batch_shape(), *event).squeeze(self._idle_dims(count))
         leading = self._leading_dims(count)
         return whole.movedim(leading, tuple(range(len(leading))))
 
-    def as_drawn(self, value: Tensor, event_dim: int | None = None) -> Tensor:
-        """Put a tensor laid out as :attr:`value` back into the program's order: the inverse of :meth:`lay_out`."""
-        count = self.fn.event_dim if event_dim is None else event_dim
-        leading = self._leading_dims(count)
+    def as_drawn(self, value: Tensor) -> Tensor:
+        """Put a tensor laid out as :attr:`value` back into the program's order, the inverse of :meth:`lay_out`."""
+        leading = self._leading_dims(self.fn.event_dim)
         drawn = value.movedim(tuple(range(len(leading))), leading)
-        for dim in sorted(self._idle_dims(count), reverse=True):
+        for dim in sorted(self._idle_dims(self.fn.event_dim), reverse=True):
             drawn = drawn.unsqueeze(dim)
         return drawn
 
     def broadcast(self, weights: Tensor) -> Tensor:
-        """Shape weights (K, B) so that they multiply the program's value."""
+        """Reshape weights (K, B) to multiply :attr:`drawn`."""
         rest = self.value.dim() - weights.dim()
         return self.as_drawn(weights[(..., *(None,) * rest)])
 
     def replace(self, *, fn: Any = None, drawn: Tensor | None = None) -> Site:
-        """Return the same site with another distribution or another value, in the program's order."""
+        """Return the same site with another distribution, or another value in the program's order."""
         changed = {"fn": self.fn if fn is None else fn, "value": self.drawn if drawn is None else drawn}
         return Site({**self._node, **changed})
 
-    def _leading(self) -> list[str]:
-        found = {frame.name for frame in self._plates}
-        return [name for name in _LEADING if name in found]
+    def _leading(self) -> tuple[str, ...]:
+        return tuple(name for name in (PARTICLES, DATA) if name in self._dims)
 
     def _leading_dims(self, event_dim: int) -> tuple[int, ...]:
-        """Return the dimensions of particles and data once those without a plate are squeezed out."""
-        order = sorted(frame.dim for frame in self._plates)
-        dims = {frame.name: order.index(frame.dim) - len(order) - event_dim for frame in self._plates}
-        return tuple(dims[name] for name in self._leading())
+        """Return the dimensions of particles and data after :meth:`_idle_dims` are squeezed."""
+        order = sorted(self._dims.values())
+        return tuple(order.index(self._dims[name]) - len(order) - event_dim for name in self._leading())
 
     def _idle_dims(self, event_dim: int) -> tuple[int, ...]:
-        """Return the batch dimensions, of size one, that no plate of this site takes."""
-        taken = {frame.dim for frame in self._plates}
+        """Return the batch dimensions that belong to no plate, all of size one."""
+        taken = self._dims.values()
         return tuple(dim - event_dim for dim in range(min(taken, default=0), 0) if dim not in taken)
 
+    def _check_batch_shape(self, shape: torch.Size) -> None:
+        for dim in range(-len(shape), 0):
+            if shape[dim] != 1 and dim not in self._dims.values():
+                raise ValueError(
+                    f"site '{self.name}' has {shape[dim]} entries in dimension {dim} of its batch, which belongs to no "
+                    "plate: particles and data come left of and in the pair's plates; make that dimension part of the "
+                    "event (.to_event), or give it a plate"
+                )
+
     def _batch_shape(self) -> list[int]:
-        shape = [1] * max((-frame.dim for frame in self._plates), default=0)
-        for frame in self._plates:
-            shape[frame.dim] = frame.size
+        shape = [1] * -min(self._dims.values(), default=0)
+        for name, dim in self._dims.items():
+            shape[dim] = self._sizes[name]
         return shape
 
 
-_LEADING = (PARTICLES, DATA)
-
-
 def sites_of(trace: Trace) -> dict[str, Site]:
-    """Return a trace's sample sites by name, in order, without ``pyro.deterministic`` ones.
+    """Return a trace's sample sites by name, in order, without those of ``pyro.deterministic``.
 
     Raises:
         ValueError: for a plate that subsamples.
@@ -218,16 +226,12 @@ def sites_of(trace: Trace) -> dict[str, Site]:
 
 
 def bare(distribution: Any) -> Any:
-    """Return the distribution inside ``Independent``, expanded and masked wrappers."""
-    while hasattr(distribution, "base_dist") and type(distribution).__name__ in (
-        "Independent",
-        "MaskedDistribution",
-        "ExpandedDistribution",
-    ):
+    """Return the distribution inside its wrappers: ``Independent``, expanded, masked."""
+    while type(distribution) in WRAPPERS:
         distribution = distribution.base_dist
     return distribution
 
 
 def is_point_mass(distribution: Any) -> bool:
-    """Tell whether a distribution is a ``Delta``, wrapped or not."""
+    """Return whether a distribution is a ``Delta``, wrapped or not."""
     return isinstance(bare(distribution), Delta)

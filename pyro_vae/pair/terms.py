@@ -1,4 +1,4 @@
-"""Log-densities of a pair per particle and datum, as numbers."""
+"""Log-densities of a pair per particle and datum."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class LogTerms:
         log_lik: sum over the data terms, i.e. the observed sites and the sites that the guide fixes to a point mass.
         log_prior: sum over the model's other latent sites.
         log_guide: sum over the guide's sites.
-        latents: the latent sites of ``log_prior`` one by one, for objectives that treat them apart.
+        latents: the sites of ``log_prior`` one by one, for objectives that treat them apart.
 
     >>> import torch
     >>> LogTerms(torch.zeros(2, 3), torch.ones(2, 3), torch.ones(2, 3)).log_weights.shape

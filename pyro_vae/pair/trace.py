@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from pyro_vae.pair.handlers import HoldLatents
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.site import PARTICLES, Site, sites_of
 from pyro_vae.pair.terms import LogTerms, SiteTerms
@@ -23,7 +23,6 @@ __all__ = [
     "check_measures",
     "check_same_latents",
     "log_terms",
-    "particle_dim",
     "pyro_traces",
     "run_guide",
     "run_model",
@@ -42,7 +41,7 @@ class PairTrace:
     Args:
         guide: the guide's sites by name, in its order.
         model: the model's sites by name, in its order.
-        data: the ``x`` that both were given, (B, …).
+        data: the ``x`` that both programs took, (B, …).
     """
 
     guide: Mapping[str, Site]
@@ -54,7 +53,7 @@ class PairTrace:
         """The model's site that observes ``x``.
 
         Raises:
-            ValueError: when no site or several sites observe something, and not exactly one of them ``x`` itself.
+            ValueError: as :func:`site_of_x`.
         """
         return site_of_x(self.model, self.data)
 
@@ -65,7 +64,7 @@ class PairTrace:
 
     @property
     def latents(self) -> dict[str, Site]:
-        """The guide's sites with a density or mass of their own: all but the point masses."""
+        """The guide's sites except point masses."""
         return {name: site for name, site in self.guide.items() if not site.is_point_mass}
 
     @property
@@ -76,20 +75,19 @@ class PairTrace:
 
     @cached_property
     def terms(self) -> LogTerms:
-        """The sites' log-densities summed to :class:`LogTerms`, each (K, B), in nats."""
-        fixed = self.point_masses
+        """The sites' log-densities, summed to :class:`LogTerms`, each (K, B), in nats."""
+        data = self.data_sites
         log_lik: Any = 0.0
         log_prior: Any = 0.0
         log_guide: Any = 0.0
         guided = {name: site.log_prob for name, site in self.guide.items()}
         latents = {}
         for name, site in self.model.items():
-            term = site.log_prob
-            if site.is_observed or name in fixed:
-                log_lik = log_lik + term
+            if name in data:
+                log_lik = log_lik + site.log_prob
             else:
-                log_prior = log_prior + term
-                latents[name] = SiteTerms(term, guided[name])
+                log_prior = log_prior + site.log_prob
+                latents[name] = SiteTerms(site.log_prob, guided[name])
         for term in guided.values():
             log_guide = log_guide + term
         zero = torch.zeros_like(log_lik + log_prior)
@@ -107,7 +105,7 @@ class PairTrace:
 
 
 def log_terms(pair: Pair, *batch: Tensor, num_particles: int = 1) -> LogTerms:
-    """Run the guide and the replayed model once and sum their unscaled site log-densities.
+    """Run the guide and the replayed model once and sum their unscaled log-densities.
 
     log w_kb = log p(x_b, z_kb) − log q(z_kb | x_b),   z_kb ~ q(z | x_b)
 
@@ -120,13 +118,14 @@ def log_terms(pair: Pair, *batch: Tensor, num_particles: int = 1) -> LogTerms:
         :class:`LogTerms`, each field (K, B), in nats.
 
     Raises:
-        ValueError: for sites that model and guide do not share, sites outside the data plate, subsampling plates.
+        ValueError: for latent sites that model and guide do not share, sites outside the data plate, and subsampling
+            plates.
     """
     return trace_pair(pair, *batch, num_particles=num_particles).terms
 
 
 def site_terms(pair: Pair, *batch: Tensor, num_particles: int = 1) -> dict[str, SiteTerms]:
-    """Run the guide and the replayed model once and return each site's log-densities by name.
+    """Run the guide and the replayed model once and return each site's log-densities.
 
     Args:
         pair: any pair.
@@ -134,7 +133,7 @@ def site_terms(pair: Pair, *batch: Tensor, num_particles: int = 1) -> dict[str, 
         num_particles: K, draws per datum.
 
     Returns:
-        For each site of the model, in its order, :class:`SiteTerms` of shape (K, B), in nats.
+        :class:`SiteTerms` (K, B), in nats, by name, in the model's order.
 
     Raises:
         ValueError: as :func:`log_terms`.
@@ -143,41 +142,52 @@ def site_terms(pair: Pair, *batch: Tensor, num_particles: int = 1) -> dict[str, 
 
 
 def trace_pair(pair: Pair, *batch: Tensor, num_particles: int = 1) -> PairTrace:
-    """Run the guide, and the model at its draws, under a plate of K particles.
+    """Run the guide, and the model at its draws, with K particles.
+
+    Args:
+        pair: any pair.
+        batch: ``x`` (B, …) and the pair's conditions.
+        num_particles: K, draws per datum.
 
     Raises:
         ValueError: for K < 1, and for latent sites that model and guide do not share.
+
+    >>> import pyro_vae as pv
+    >>> trace = trace_pair(pv.models.LinearGaussianVAE(5, 2), torch.zeros(3, 5), num_particles=4)
+    >>> trace.guide["z"].value.shape, trace.x.log_prob.shape
+    (torch.Size([4, 3, 2]), torch.Size([4, 3]))
     """
-    return trace_programs(pair, type(pair).model, type(pair).guide, pair, *batch, num_particles=num_particles)
+    return trace_programs(pair, *_programs(pair), *batch, num_particles=num_particles)
 
 
 def trace_programs(
-    pair: Pair, model: Callable[..., Any], guide: Callable[..., Any], *arguments: Any, num_particles: int
+    pair: Pair, model: Callable[..., Any], guide: Callable[..., Any], *batch: Tensor, num_particles: int
 ) -> PairTrace:
-    """Run two programs as :func:`trace_pair` does, such as the pair's own, whose parameters Pyro then sees.
+    """Run two programs as :func:`trace_pair` does.
+
+    Pass ``pair.model`` and ``pair.guide`` where Pyro must see their parameters.
 
     Args:
         pair: the pair that they belong to.
-        model, guide: called with ``arguments``.
-        arguments: the data and their conditions, after the pair itself where the programs are plain methods.
+        model, guide: called with ``batch``.
+        batch: the data and their conditions.
         num_particles: K.
     """
-    drawn, replayed = pyro_traces(pair, model, guide, *arguments, num_particles=num_particles)
-    data = arguments[1] if arguments[0] is pair else arguments[0]
-    return PairTrace(sites_of(drawn), sites_of(replayed), data)
+    drawn, replayed = pyro_traces(pair, model, guide, *batch, num_particles=num_particles)
+    trace = PairTrace(sites_of(drawn), sites_of(replayed), batch[0])
+    check_same_latents(trace.guide, trace.model)
+    return trace
 
 
 def pyro_traces(
-    pair: Pair, model: Callable[..., Any], guide: Callable[..., Any], *arguments: Any, num_particles: int
+    pair: Pair, model: Callable[..., Any], guide: Callable[..., Any], *batch: Tensor, num_particles: int
 ) -> tuple[Trace, Trace]:
-    """Return Pyro's own traces of the guide and of the replayed model, for Pyro's ELBOs."""
+    """Return Pyro's traces of the guide and of the replayed model, for Pyro's ELBOs."""
     if num_particles < 1:
         raise ValueError(f"num_particles is {num_particles}; it counts draws per datum and must be at least 1")
     with _particle_plate(pair, num_particles):
-        drawn = poutine.trace(guide).get_trace(*arguments)
-        replayed = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*arguments)
-    check_same_latents(sites_of(drawn), sites_of(replayed))
-    return drawn, replayed
+        drawn = poutine.trace(guide).get_trace(*batch)
+        return drawn, poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*batch)
 
 
 def run_guide(
@@ -191,7 +201,8 @@ def run_guide(
         num_particles: K, or None for no plate of particles.
         values: values to hold sites at, by name, in the program's order (:attr:`Site.drawn`).
     """
-    return run_program(pair, type(pair).guide, pair, *batch, num_particles=num_particles, values=values)
+    _, guide = _programs(pair)
+    return run_program(pair, guide, *batch, num_particles=num_particles, values=values)
 
 
 def run_model(
@@ -201,65 +212,55 @@ def run_model(
     values: Mapping[str, Tensor] | None = None,
     observe: bool = True,
 ) -> dict[str, Site]:
-    """Run the model alone, with latents from their priors where they are not held, and return its sites.
+    """Run the model alone and return its sites. Latents without a value are drawn from their priors.
 
     Args:
         pair, batch, num_particles, values: as for :func:`run_guide`.
-        observe: whether observed sites keep their data; else they are drawn.
+        observe: whether observed sites have their data; else they are drawn.
     """
-    model = type(pair).model if observe else poutine.uncondition(type(pair).model)
-    return run_program(pair, model, pair, *batch, num_particles=num_particles, values=values)
+    model, _ = _programs(pair)
+    model = model if observe else poutine.uncondition(model)
+    return run_program(pair, model, *batch, num_particles=num_particles, values=values)
 
 
 def run_program(
     pair: Pair,
     program: Callable[..., Any],
-    *arguments: Any,
+    *arguments: Tensor,
     num_particles: int | None = None,
     values: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Site]:
-    """Run one program of a pair, with some latent sites held at values, and return its sites.
+    """Run one program of a pair and return its sites.
 
     Args:
-        pair: the pair, which knows where the particles' dimension is.
+        pair: the pair, which knows the dimension of the particles.
         program: called with ``arguments``.
-        arguments: the pair where the program is a plain method, then data and conditions.
+        arguments: data and conditions.
         num_particles: K, or None for no plate of particles.
-        values: values by site, in the program's order.
+        values: values to hold latent sites at, by name, in the program's order.
     """
-    held = program if values is None else _Hold(values)(program)
+    held = program if values is None else HoldLatents(values)(program)
     if num_particles is None:
         return sites_of(poutine.trace(held).get_trace(*arguments))
     with _particle_plate(pair, num_particles):
         return sites_of(poutine.trace(held).get_trace(*arguments))
 
 
-class _Hold(Messenger):
-    """Give latent sites values, and leave them latent: they are scored, not observed."""
-
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.values = values
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self.values and not msg["is_observed"]:
-            msg["value"], msg["done"] = self.values[msg["name"]], True
+def _programs(pair: Pair) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Return model and guide as plain functions, which announce no parameters to Pyro."""
+    return partial(type(pair).model, pair), partial(type(pair).guide, pair)
 
 
 def _particle_plate(pair: Pair, num_particles: int) -> pyro.plate:
-    return pyro.plate(PARTICLES, num_particles, dim=particle_dim(pair))
-
-
-def particle_dim(pair: Pair) -> int:
-    """Return the batch dimension of the particles, to the left of the pair's own plates."""
-    return -1 - pair.max_plate_nesting
+    # To the left of the pair's plates.
+    return pyro.plate(PARTICLES, num_particles, dim=-1 - pair.max_plate_nesting)
 
 
 def site_of_x(model: Mapping[str, Site], data: Tensor) -> Site:
-    """Return the site that observes ``data``, also in a run that drew it anew.
+    """Return the site that observes ``data``, also in a run of the model that drew it.
 
     Raises:
-        ValueError: when no site or several sites observe something, and not exactly one of them ``data`` itself.
+        ValueError: unless exactly one site observes ``data``, or one site observes anything.
     """
     observed = [site for site in model.values() if site.observation is not None]
     exact = [site for site in observed if site.observation is data]
@@ -270,7 +271,7 @@ def site_of_x(model: Mapping[str, Site], data: Tensor) -> Site:
 
 
 def check_same_latents(guide: Mapping[str, Site], model: Mapping[str, Site]) -> None:
-    """Refuse a guide that samples other sites than the model's latent ones.
+    """Refuse a guide whose sites are not the model's latent sites.
 
     Raises:
         ValueError: naming the sites that one of them lacks.
@@ -286,11 +287,10 @@ def check_same_latents(guide: Mapping[str, Site], model: Mapping[str, Site]) -> 
 
 
 def check_measures(trace: PairTrace) -> None:
-    """Refuse a guide whose density at a site is of another kind than the model's: their ratio would mean nothing.
+    """Refuse a guide with a density where the model has a mass, or the reverse: their ratio is no weight.
 
     Raises:
-        ValueError: for a continuous guide at a discrete site and the reverse, and for a point mass outside the support
-            of the model's site.
+        ValueError: for such a site, and for a point mass outside the support of the model's site.
     """
     for name, site in trace.guide.items():
         other = trace.model[name]

@@ -1,1 +1,1 @@
-"""Draws from a trained pair."""
+"""Draw from a trained pair."""

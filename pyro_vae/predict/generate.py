@@ -1,4 +1,4 @@
-"""Draws from a pair: new data, reconstructions, posteriors, completions and super-resolutions."""
+"""Draw new data from a pair."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class Generated(NamedTuple):
 def generate(
     pair: Pair, num_samples: int, *conditions: Tensor, given: dict[str, Tensor] | None = None, seed: int | None = None
 ) -> Generated:
-    """Draw new data from the model: latents from their priors, then x.
+    """Draw latents from their priors, then x from the likelihood.
 
     Args:
         pair: any pair that states ``x_shape``.
         num_samples: N.
         conditions: the model's conditions, N rows each.
-        given: latents to fix, by site, (N, …) each.
+        given: latents to hold at a value, by site, (N, …) each.
         seed: of the draws; fresh entropy without one.
 
     Returns:
@@ -59,7 +59,11 @@ def generate(
 
 
 def placeholder_for(pair: Pair, size: int) -> Tensor:
-    """Return an x that only tells the model how many data there are."""
+    """Return an x of N = ``size`` zeros, for a model that only reads its length.
+
+    Raises:
+        ValueError: for a pair without ``x_shape``.
+    """
     if not hasattr(pair, "x_shape"):
         raise ValueError(f"{type(pair).__name__} states no x_shape, the shape of one datum: set it in __init__")
     dtype = pair.x_dtype or next((p.dtype for p in pair.parameters()), torch.get_default_dtype())

@@ -1,4 +1,4 @@
-"""Complete data of which a part is seen."""
+"""Draw the missing entries of data given the seen ones."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pyro_vae.pair.modes import drawing, to_pair
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.site import Site
 from pyro_vae.pair.trace import PairTrace, run_guide, run_model, trace_pair
+from pyro_vae.pair.weights import effective_sample_size
 from pyro_vae.predict.generate import generate
 from pyro_vae.runtime.memory import MEBIBYTE, chunk_sizes
 from pyro_vae.runtime.random_state import derived_seed, fresh_seed
@@ -20,10 +21,12 @@ __all__ = ["Imputation", "impute"]
 
 
 class Imputation(NamedTuple):
-    """``samples`` (S, B, …) of the whole x, its seen part as given; ``ess`` (B,) of the first importance sampling.
+    """Completed data.
 
-    ``ess`` is out of the number of particles; ``approximate`` tells that the guide fixes a site to a point mass, so
-    that the sweeps are pseudo-Gibbs rather than exact.
+    Args:
+        samples: draws of the whole x, (S, B, …), equal to the data at seen entries.
+        ess: effective sample size of the first importance sampling, (B,), between 1 and K.
+        approximate: True if the guide fixes a site to a point mass. Sweeps are then pseudo-Gibbs, not exact.
     """
 
     samples: Tensor
@@ -44,20 +47,20 @@ def impute(
 ) -> Imputation:
     """Draw the missing part of x given the seen part.
 
-    The first latents come from the guide run on a filled-in x, resampled with weights p(x_seen, z) / q(z | x filled).
-    Each sweep then draws x_missing ~ p(x | z), and z among the current one and new draws of the guide at the completed
-    x, with weights p(x, z) / q(z | x): both leave p(z, x_missing | x_seen) as it is.
+    A chain fills x in by a draw from the model. Its first z is one of K draws of the guide at this x, chosen with
+    weights p(x_seen, z) / q(z | x filled). A sweep draws z among the current one and K draws of the guide at the
+    completed x, with weights p(x, z) / q(z | x). It then draws x_missing ~ p(x | z). Both steps leave
+    p(z, x_missing | x_seen) invariant.
 
     Args:
         pair: any pair whose likelihood factorises over the entries of x.
         x: (B, …); its missing entries are not read.
-        mask: True where x is seen, the shape of x or of one datum.
+        mask: True at seen entries, shaped as x or as one datum.
         conditions: the pair's conditions.
         num_samples: S, independent chains per datum, one draw from each.
         num_particles: K, candidates in each draw of z.
         sweeps: number of Gibbs sweeps.
-        memory: bytes that a chunk of chains may take beside what is returned, as in :func:`~pyro_vae.log_likelihood`;
-            seeded draws depend on it.
+        memory: bytes for a chunk of chains, beside the result. Seeded draws depend on it.
         seed: of the draws; fresh entropy without one.
 
     Returns:
@@ -65,7 +68,7 @@ def impute(
 
     Raises:
         ValueError: for a mask that is not boolean or of another shape, bad seen data, a likelihood that does not
-            factorise, and a budget too small for one chain.
+            factorise, and a ``memory`` too small for one chain.
 
     Reference:
         Rezende, Mohamed and Wierstra (2014), Stochastic backpropagation, ICML; Andrieu, Doucet and Holenstein (2010),
@@ -83,14 +86,14 @@ def impute(
     batch = (torch.where(mask, x, torch.zeros_like(x)), *conditions)
     inspect(pair, batch, seen=mask)
     seen, mask, *others = to_pair(pair, (batch[0], mask, *conditions))
-    # Chains are data of their own: S copies of each datum, S × B in all, each begun at a draw of its own.
+    # Each chain is a row: S copies of each datum, S × B in all.
     rows = torch.arange(len(x), device=seen.device).repeat(num_samples)
     chains = (seen[rows], mask[rows], *(tensor[rows] for tensor in others))
     seed = fresh_seed() if seed is None else seed
 
     def run(chunk: tuple[Tensor, ...], sweeps: int, start: int = 0) -> tuple[Tensor, Tensor, bool]:
         seen, mask, *conditions = chunk
-        # A stream of its own: the chains' would give each the very noise that its x was begun with.
+        # Another stream than the chains', which would repeat the noise that drew this x.
         begun = generate(pair, len(seen), *conditions, seed=derived_seed(seed, "imputation", start))
         chain = _Chain(pair, torch.where(mask, seen, begun.x), mask, tuple(conditions), num_particles)
         weights = chain.start()
@@ -104,13 +107,13 @@ def impute(
         starts = range(0, len(rows), size)
         parts = [run(tuple(tensor[i : i + size] for tensor in chains), sweeps, i) for i in starts]
     weights = torch.cat([part[1] for part in parts], 1)
-    ess = torch.exp(2 * torch.logsumexp(weights, 0) - torch.logsumexp(2 * weights, 0))
+    ess = effective_sample_size(weights)
     samples = torch.cat([part[0] for part in parts]).unflatten(0, (num_samples, len(x)))
     return Imputation(samples, ess.view(num_samples, -1).mean(0), parts[0][2])
 
 
 class _Chain:
-    """One Markov chain per row of x over (z, x_missing)."""
+    """A Markov chain over (z, x_missing) for each row of x."""
 
     def __init__(self, pair: Pair, x: Tensor, mask: Tensor, conditions: tuple[Tensor, ...], num_particles: int) -> None:
         self.pair, self.x, self.mask, self.conditions, self.num_particles = pair, x, mask, conditions, num_particles
@@ -118,7 +121,7 @@ class _Chain:
         self.approximate = False
 
     def start(self) -> Tensor:
-        """Draw the first z from weights that see x's seen part only, then complete x; return the weights (K, B)."""
+        """Draw the first z by weights of the seen part alone, then complete x. Return the log-weights (K, B)."""
         trace = self._propose(self.num_particles)
         seen = torch.where(self.mask, _entrywise(trace.x), 0.0).flatten(2).sum(-1)
         weights = trace.terms.log_weights - trace.x.log_prob + seen
@@ -126,14 +129,14 @@ class _Chain:
         return weights
 
     def sweep(self) -> None:
-        """Draw z given the completed x among the current one and K proposals, then the missing part of x."""
+        """Draw z among the current one and K proposals, then the missing part of x."""
         size = self.num_particles + 1
         proposed = self._propose(size).guide
         values = {name: site.drawn for name, site in proposed.items()}
         for name, value in self.current.items():
             site = proposed[name]
             values[name] = site.as_drawn(torch.cat([value.unsqueeze(0), site.value[1:]]))
-        # Scored again as a whole: the guide's later sites may depend on the current values of earlier ones.
+        # Scored again: the guide's later sites may depend on the current values of earlier ones.
         guide = run_guide(self.pair, self.x, *self.conditions, num_particles=size, values=values)
         values = {name: site.drawn for name, site in guide.items()}
         model = run_model(self.pair, self.x, *self.conditions, num_particles=size, values=values)

@@ -1,4 +1,4 @@
-"""Draw from q(z | x), and what the model makes of the draws."""
+"""Draw from q(z | x), weight the draws, and decode them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["Posterior", "Reconstruction", "posterior", "reconstruct"]
 
 
 class Reconstruction(NamedTuple):
-    """``mean`` (K, B, …): E[x | z_k] for draws z_k of the guide; ``x`` (K, B, …): draws from the likelihood there."""
+    """Decoded draws z_k of the guide: ``mean`` E[x | z_k] and ``x`` ~ p(x | z_k), each (K, B, …)."""
 
     mean: Tensor
     x: Tensor
 
 
 class Posterior(NamedTuple):
-    """``latents`` by site (K, B, …) drawn from the guide; ``log_weights`` (K, B) turn them into the posterior's."""
+    """Draws of the guide: ``latents`` by site (K, B, …), and their ``log_weights`` (K, B) under p(z | x), in nats."""
 
     latents: dict[str, Tensor]
     log_weights: Tensor
@@ -41,8 +41,16 @@ def reconstruct(pair: Pair, *batch: Tensor, num_particles: int = 1, seed: int | 
 
     Returns:
         :class:`Reconstruction`.
+
+    Raises:
+        ValueError: for bad data, and K < 1.
+
+    >>> import pyro_vae as pv
+    >>> reconstruct(pv.models.LinearGaussianVAE(5, 2), torch.zeros(3, 5), num_particles=4).mean.shape
+    torch.Size([4, 3, 5])
     """
-    batch = _on_device(pair, batch)
+    inspect(pair, batch)
+    batch = to_pair(pair, batch)
     with drawing(pair, seed):
         x = trace_pair(pair, *batch, num_particles=num_particles).x.fn
         return Reconstruction(x.mean, x.sample())
@@ -51,25 +59,31 @@ def reconstruct(pair: Pair, *batch: Tensor, num_particles: int = 1, seed: int | 
 def posterior(
     pair: Pair, *batch: Tensor, num_particles: int = 100, memory: int = 512 * MEBIBYTE, seed: int | None = None
 ) -> Posterior:
-    """Draw latents from the guide, with the importance weights that make them draws from the posterior.
+    """Draw latents from the guide, with their importance weights for p(z | x).
+
+    w_k = p(x, z_k) / q(z_k | x),   z_k ~ q(z | x)
 
     Args:
         pair: any pair.
         batch: ``x`` (B, …) and the pair's conditions.
         num_particles: K.
-        memory: bytes that a chunk of data and particles may take beside what is returned, as in
-            :func:`~pyro_vae.log_likelihood`; seeded draws depend on it.
+        memory: bytes for a chunk of data and particles, beside the result. Seeded draws depend on it.
         seed: of the draws; fresh entropy without one.
 
     Returns:
-        :class:`Posterior`; every latent has its K and B axes, a point mass too.
+        :class:`Posterior`; every latent has both axes K and B, point masses too.
 
     Raises:
-        ValueError: for bad data, K < 1, and a budget too small for one datum and one particle.
+        ValueError: for bad data, K < 1, and a ``memory`` too small for one datum and one particle.
+
+    >>> import pyro_vae as pv
+    >>> posterior(pv.models.LinearGaussianVAE(5, 2), torch.zeros(3, 5), num_particles=4).latents["z"].shape
+    torch.Size([4, 3, 2])
     """
     if num_particles < 1:
         raise ValueError(f"num_particles is {num_particles}; it counts draws per datum and must be at least 1")
-    batch = _on_device(pair, batch)
+    inspect(pair, batch)
+    batch = to_pair(pair, batch)
 
     def draw(chunk: tuple[Tensor, ...], size: int) -> Posterior:
         trace = trace_pair(pair, *chunk, num_particles=size)
@@ -89,8 +103,3 @@ def posterior(
 def _joined(parts: list[Posterior], dim: int) -> Posterior:
     latents = {name: torch.cat([part.latents[name] for part in parts], dim) for name in parts[0].latents}
     return Posterior(latents, torch.cat([part.log_weights for part in parts], dim))
-
-
-def _on_device(pair: Pair, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    inspect(pair, batch)
-    return to_pair(pair, batch)

@@ -1,4 +1,4 @@
-"""Draw many x for one low-resolution y."""
+"""Draw high-resolution images for a low-resolution one."""
 
 from __future__ import annotations
 
@@ -16,8 +16,14 @@ __all__ = ["SuperResolution", "super_resolve"]
 
 
 class SuperResolution(NamedTuple):
-    """``samples`` and ``means`` (K, B, …): draws from p(x | y), and E[x | y, z_k]; ``spread`` (B, …): the standard
-    deviation of the draws, pixel by pixel; ``log_weights`` (K, B): log p(y, u) − log q(u | y)."""
+    """High-resolution images.
+
+    Args:
+        samples: draws from p(x | y), (K, B, …).
+        means: E[x | y, z_k], (K, B, …).
+        spread: standard deviation of the draws at each pixel, (B, …).
+        log_weights: log p(y, u) − log q(u | y), (K, B), in nats.
+    """
 
     samples: Tensor
     means: Tensor
@@ -40,7 +46,7 @@ def super_resolve(pair: Pair, y: Tensor, *, num_samples: int = 16, seed: int | N
         :class:`SuperResolution`.
 
     Raises:
-        ValueError: for a pair that has no low-resolution stage, and for images of another shape.
+        ValueError: for a pair without a low-resolution stage, K < 1, and bad images.
     """
     if not hasattr(pair, "low_resolution_guide"):
         raise ValueError(f"{type(pair).__name__} has no low-resolution stage: super_resolve needs a pair such as SRVAE")
@@ -51,12 +57,12 @@ def super_resolve(pair: Pair, y: Tensor, *, num_samples: int = 16, seed: int | N
         raise ValueError(f"num_samples is {num_samples}; it must be at least 1")
     if len(y) == 0:
         raise ValueError("y holds no image")
+    low_resolution: Any = pair.low_resolution_guide
     placeholder = placeholder_for(pair, len(y))
     check_tensor(y, placeholder.dtype, "y")
     y = y.to(placeholder.device)
-    low_resolution: Any = type(pair).low_resolution_guide  # type: ignore[attr-defined]
     with drawing(pair, seed):
-        guide = run_program(pair, low_resolution, pair, y, num_particles=num_samples)
+        guide = run_program(pair, low_resolution, y, num_particles=num_samples)
         values = {"y": y} | {name: site.drawn for name, site in guide.items()}
         model = run_model(pair, placeholder, num_particles=num_samples, values=values, observe=False)
         refuse_outside(model["y"], y, "y")

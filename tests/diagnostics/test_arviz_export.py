@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import pyro_vae as pv
-from pyro_vae.diagnostics.arviz_export import _assemble
+from pyro_vae.diagnostics.arviz_containers import inference_data
 from pyro_vae.models import VAE, LinearGaussianMixtureVAE, LinearGaussianVAE
 from tests.support.off_guides import WrongScale
 
@@ -143,7 +143,7 @@ def _with_log_likelihood(data: Any, log_likelihood: np.ndarray) -> Any:
     groups = {name: data[name] for name in ("posterior", "log_likelihood")}
     groups = {name: group.to_dataset() if hasattr(group, "to_dataset") else group for name, group in groups.items()}
     groups["log_likelihood"] = groups["log_likelihood"].assign(x=(("chain", "draw", "datum"), log_likelihood[None]))
-    return _assemble(groups)
+    return inference_data(groups)
 
 
 def _elpd(result: Any) -> float:
@@ -300,7 +300,7 @@ def test_bad_requests_are_refused() -> None:
 def test_for_arviz_1_a_tree_of_the_same_groups_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     pair, x = LinearGaussianVAE(3, 2), torch.randn(4, 3)
     data = pv.to_arviz(pair, x, num_particles=5, num_draws=5, seed=0)
-    monkeypatch.setattr("pyro_vae.diagnostics.arviz_export._arviz", lambda: types.SimpleNamespace(__version__="1.0"))
+    monkeypatch.setattr("pyro_vae.diagnostics.arviz_containers.arviz", lambda: types.SimpleNamespace(__version__="1.0"))
     tree = pv.to_arviz(pair, x, num_particles=5, num_draws=5, seed=0)
     assert set(tree.children) == {
         "posterior",

@@ -69,7 +69,7 @@ def test_far_posteriors_reach_the_limit_and_never_pass_it() -> None:
     found = information(Channel(1e4), torch.linspace(-1, 1, 40)[:, None])
     assert found.value == pytest.approx(math.log(40), rel=1e-13)
     report = pv.collapse_report(Channel(1e4), torch.linspace(-1, 1, 40)[:, None])
-    assert "above what so many data can show" in repr(report)
+    assert "above the limit of so many data" in repr(report)
     assert "above what" not in repr(pv.collapse_report(Channel(1.0), torch.randn(40, 1)))
 
 

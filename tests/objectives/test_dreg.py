@@ -182,7 +182,7 @@ def test_a_flow_without_an_inverse_is_refused() -> None:
 def test_a_density_that_remembers_its_draw_is_refused() -> None:
     pair = Flow(None)
     pair.transform = _KeepsItsDeterminant(0.0, pair.log_scale.exp(), event_dim=1)
-    with pytest.raises(ValueError, match=r"guide's site 'z' cannot be scored again .*keep nothing of the draw"):
+    with pytest.raises(ValueError, match=r"guide's site 'z' cannot be scored again .*cache nothing of the draw"):
         pv.DReG(2).loss_and_grads(pair.model, pair.guide, torch.randn(3, 2))
 
 

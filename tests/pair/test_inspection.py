@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor, nn
@@ -51,7 +53,56 @@ def test_training_is_looked_at_where_it_is_asked_for() -> None:
     assert inspection.training.guide["z"].is_reparameterised
 
 
-@pytest.mark.parametrize("call", ["fit", "log_likelihood"])
+class PointMasses(pv.Pair):
+    """A pair whose guide fixes a bit c, a number y, both or neither."""
+
+    x_shape = ()
+
+    def __init__(self, fixed: str) -> None:
+        super().__init__()
+        self.fixed = fixed
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Bernoulli(0.5 * torch.ones(())))
+            y = pyro.sample("y", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(c + y, 1.0), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("c", dist.Delta((x > 0).to(x.dtype)) if "c" in self.fixed else dist.Bernoulli(0.5 + 0 * x))
+            pyro.sample("y", dist.Delta(x) if "y" in self.fixed else dist.Normal(x, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("fixed", "quantity"),
+    [
+        ("", "log p(x)"),
+        ("c", "lower bound on log p(x)"),
+        ("y", "log p(x, y)"),
+        ("cy", "lower bound on log p(x, y)"),
+    ],
+)
+def test_point_masses_name_the_quantity(fixed: str, quantity: str) -> None:
+    inspection = inspect(PointMasses(fixed), (torch.randn(3),))
+    assert (inspection.quantity, inspection.prior_quantity) == (quantity, "log p(x)")
+
+
+CALLS: dict[str, Any] = {
+    "fit": lambda pair, x: pv.fit(pair, x, epochs=1, batch_size=16, validation=0.25, progress=False),
+    "log_likelihood": lambda pair, x: pv.log_likelihood(pair, x, num_particles=2),
+    "posterior": lambda pair, x: pv.posterior(pair, x, num_particles=2),
+    "reconstruct": lambda pair, x: pv.reconstruct(pair, x),
+    "impute": lambda pair, x: pv.impute(pair, x, x > 0, num_samples=1, num_particles=2, sweeps=1),
+    "collapse_report": lambda pair, x: pv.collapse_report(pair, x, num_particles=2),
+    "to_arviz": lambda pair, x: pv.to_arviz(pair, x, num_particles=2, num_draws=1),
+    "inference_gap": lambda pair, x: pv.inference_gap(pair, x, num_particles=2, steps=1),
+    "latent_means": lambda pair, x: pv.latent_means(pair, x),
+    "check_pair": lambda pair, x: pv.testing.check_pair(pair, x),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
 def test_data_are_scanned_for_nan_once(monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     scanned: Counter[int] = Counter()
     check = checks._check_finite
@@ -61,9 +112,19 @@ def test_data_are_scanned_for_nan_once(monkeypatch: pytest.MonkeyPatch, call: st
         check(x, argument)
 
     monkeypatch.setattr(checks, "_check_finite", counted)
-    pair, x = Counted(), torch.randn(64, 4)
-    if call == "fit":
-        pv.fit(pair, x, epochs=1, batch_size=16, validation=0.25, progress=False)
-    else:
-        pv.log_likelihood(pair, x, num_particles=2)
+    CALLS[call](Counted(), torch.randn(64, 4))
     assert scanned == {64: 1}
+
+
+def test_a_check_runs_the_pair_in_training_mode_once_before_it_scores_it_again() -> None:
+    pair = Counted()
+    assert pv.testing.check_pair(pair, torch.randn(6, 4)) == []
+    # One draw, and two scores: of the data, and of copies of the first.
+    assert {mode: count for mode, count in pair.runs.items() if mode[1]} == {("guide", True): 3, ("model", True): 3}
+
+
+def test_means_come_from_the_guide_alone() -> None:
+    pair = Counted()
+    pv.latent_means(pair, torch.randn(300, 4))
+    # Three chunks of at most 128 data, after the inspection.
+    assert pair.runs == {("guide", False): 4, ("model", False): 1}
