@@ -72,7 +72,7 @@ class InnerProductGraph(dist.TorchDistribution):
     """Link nodes independently, each pair once: p(A | z) = Π_{i<j} Bernoulli(A_ij; σ(z_iᵀ z_j)).
 
     Args:
-        nodes: z, (…, N, L).
+        z: latents of the nodes, (…, N, L).
 
     Reference:
         Kipf and Welling (2016), Variational graph auto-encoders, Bayesian deep learning workshop. Their product over
@@ -82,16 +82,16 @@ class InnerProductGraph(dist.TorchDistribution):
     tensor(-2.0794)
     """
 
-    arg_constraints: ClassVar = {"nodes": constraints.independent(constraints.real, 2)}
+    arg_constraints: ClassVar = {"z": constraints.independent(constraints.real, 2)}
     support = constraints.independent(_Adjacency(), 2)
 
-    def __init__(self, nodes: Tensor, validate_args: bool | None = None) -> None:
-        self.nodes = nodes
-        size = nodes.shape[-2]
-        super().__init__(nodes.shape[:-2], torch.Size((size, size)), validate_args=validate_args)
+    def __init__(self, z: Tensor, validate_args: bool | None = None) -> None:
+        self.z = z
+        size = z.shape[-2]
+        super().__init__(z.shape[:-2], torch.Size((size, size)), validate_args=validate_args)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> InnerProductGraph:
-        return type(self)(self.nodes.expand(*batch_shape, *self.nodes.shape[-2:]), validate_args=False)
+        return type(self)(self.z.expand(*batch_shape, *self.z.shape[-2:]), validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
@@ -100,8 +100,8 @@ class InnerProductGraph(dist.TorchDistribution):
 
     def weighted_log_prob(self, value: Tensor, linked: Tensor | None, unlinked: Tensor | None) -> Tensor:
         """Return Σ_{i<j} w_ij log Bernoulli(A_ij; σ(z_iᵀ z_j)), (…), w = ``linked`` at edges, else ``unlinked``."""
-        batch = torch.broadcast_shapes(self.nodes.shape[:-2], value.shape[:-2])
-        nodes = self.nodes.expand(*batch, *self.nodes.shape[-2:])
+        batch = torch.broadcast_shapes(self.z.shape[:-2], value.shape[:-2])
+        nodes = self.z.expand(*batch, *self.z.shape[-2:])
         log_prob: Tensor = _LinkLogProb.apply(nodes, value.bool(), linked, unlinked)
         return log_prob
 
@@ -114,5 +114,5 @@ class InnerProductGraph(dist.TorchDistribution):
     @property
     def mean(self) -> Tensor:
         """The probability of each link, (…, N, N), zero on the diagonal."""
-        loops = torch.eye(self.nodes.shape[-2], dtype=torch.bool, device=self.nodes.device)
-        return torch.sigmoid(self.nodes @ self.nodes.mT).masked_fill(loops, 0.0)
+        loops = torch.eye(self.z.shape[-2], dtype=torch.bool, device=self.z.device)
+        return torch.sigmoid(self.z @ self.z.mT).masked_fill(loops, 0.0)

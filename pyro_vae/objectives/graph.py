@@ -20,7 +20,7 @@ class _Balanced(InnerProductGraph):
         self.self_links = self_links
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> _Balanced:
-        return _Balanced(self.nodes.expand(*batch_shape, *self.nodes.shape[-2:]), self.self_links)
+        return _Balanced(self.z.expand(*batch_shape, *self.z.shape[-2:]), self.self_links)
 
     def log_prob(self, value: Tensor) -> Tensor:
         pairs = value.shape[-1] * (value.shape[-1] - 1) // 2
@@ -30,10 +30,10 @@ class _Balanced(InnerProductGraph):
                 "the balanced loss weighs edges against unlinked pairs, and a graph lacks one of the two: train with "
                 "Trace_ELBO"
             )
-        linked, unlinked = ((pairs / count).to(self.nodes.dtype) for count in (edges, pairs - edges))
+        linked, unlinked = ((pairs / count).to(self.z.dtype) for count in (edges, pairs - edges))
         total = self.weighted_log_prob(value, linked, unlinked)
         # The published sum over ordered pairs has each edge twice, and each node with itself once.
-        loops = logsigmoid(self.nodes.square().sum(-1)).sum(-1)
+        loops = logsigmoid(self.z.square().sum(-1)).sum(-1)
         return total + linked / 2 * loops if self.self_links else total
 
 
@@ -66,4 +66,4 @@ class BalancedGraphLoss(TraceMeanField_ELBO):
         return super()._get_trace(ReplaceLikelihood(self._balanced)(model), guide, args, kwargs)
 
     def _balanced(self, likelihood: Any) -> InnerProductGraph | None:
-        return _Balanced(likelihood.nodes, self.self_links) if isinstance(likelihood, InnerProductGraph) else None
+        return _Balanced(likelihood.z, self.self_links) if isinstance(likelihood, InnerProductGraph) else None
