@@ -14,6 +14,7 @@ from pyro_vae.distributions import graph as graphs
 from pyro_vae.distributions.graph import InnerProductGraph
 from pyro_vae.models import VGAE
 from pyro_vae.networks.graph import GraphConvolutions
+from pyro_vae.objectives import graph as balanced
 from pyro_vae.objectives.graph import BalancedGraphLoss
 
 # Sums of a few hundred terms in another order.
@@ -158,7 +159,7 @@ def test_minus_the_balanced_loss_lies_below_the_elbo() -> None:
 def test_a_balanced_loss_weighs_both_kinds_of_pairs_alike() -> None:
     # At z = 0 every pair costs log 2, and each kind has the weight of all pairs.
     a = random_graphs(1, 8)
-    nodes = graphs._Balanced(torch.zeros(1, 8, 2), self_links=False)
+    nodes = balanced._Balanced(torch.zeros(1, 8, 2), self_links=False)
     assert float(nodes.log_prob(a)) == pytest.approx(-2 * 28 * float(torch.tensor(2.0).log()), rel=1e-12)
 
 
