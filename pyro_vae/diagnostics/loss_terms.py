@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae.distributions.kl import monte_carlo_kl, variational_kl_bound
+from pyro_vae.distributions.mixture_kl import monte_carlo_kl, variational_kl_bound
 from pyro_vae.distributions.mixtures import GaussianMixture
 from pyro_vae.objectives.closed_form import analytic_loss
 from pyro_vae.pair.modes import drawing, to_pair
