@@ -16,7 +16,7 @@ from pyro_vae.pair.modes import drawing, to_pair
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.trace import site_terms
 
-__all__ = ["PARTICLES", "REPETITIONS", "loss_terms"]
+__all__ = ["loss_terms"]
 
 # A standard error from 20 repetitions has a relative error of a sixth.
 REPETITIONS = 20
