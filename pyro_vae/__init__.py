@@ -16,7 +16,7 @@ from pyro_vae.diagnostics.disentanglement import beta_vae_metric, latent_means, 
 from pyro_vae.diagnostics.inference_gap import InferenceGap, inference_gap
 from pyro_vae.diagnostics.mutual_information import MutualInformation
 from pyro_vae.distributions.flow import Reversal, Sylvester
-from pyro_vae.distributions.kl import convex_kl_bound, monte_carlo_kl, variational_kl_bound
+from pyro_vae.distributions.mixture_kl import convex_kl_bound, monte_carlo_kl, variational_kl_bound
 from pyro_vae.likelihood.ais.annealing import (
     AnnealedLogLikelihood,
     BidirectionalLogLikelihood,

@@ -17,7 +17,7 @@ from pyro_vae.pair.site import Site
 from pyro_vae.pair.trace import run_guide
 from pyro_vae.runtime.memory import CHUNK
 
-__all__ = ["MutualInformationGap", "beta_vae_metric", "latent_means", "mutual_information_gap"]
+__all__ = ["MutualInformationGap", "beta_vae_metric", "latent_means", "mutual_information_gap", "votes_of"]
 
 
 class MutualInformationGap(NamedTuple):
@@ -63,20 +63,6 @@ def latent_means(pair: Pair, *batch: Tensor, site: str = "z") -> Tensor:
             for chunk in chunks(to_pair(pair, batch), CHUNK)
         ]
     return torch.cat(means).clone()
-
-
-def _mean(site: Site) -> Tensor:
-    name, q = site.name, site.fn
-    if q.event_dim != 1:
-        raise ValueError(f"the guide's site '{name}' is no vector but has events of shape {tuple(q.event_shape)}")
-    try:
-        mean: Tensor = q.mean
-        return mean
-    except NotImplementedError as error:
-        raise ValueError(
-            f"the guide's site '{name}' ({site.family}) has no mean in closed form: average "
-            f"pv.posterior(pair, x).latents['{name}'] over its draws"
-        ) from error
 
 
 def mutual_information_gap(codes: Tensor, factors: Tensor, bins: int = 20) -> MutualInformationGap:
@@ -167,7 +153,7 @@ def beta_vae_metric(
         generator.manual_seed(seed)
     sets = []
     for _ in range(2):
-        votes = [_votes(codes.double().cpu(), v.cpu(), num_votes, num_pairs, generator) for v in factors.unbind(-1)]
+        votes = [votes_of(codes.double().cpu(), v.cpu(), num_votes, num_pairs, generator) for v in factors.unbind(-1)]
         sets.append(torch.cat(votes))
     mean, scale = sets[0].mean(0), sets[0].std(0)
     # A constant latent has features that differ by rounding alone; a division would blow that up.
@@ -177,8 +163,19 @@ def beta_vae_metric(
     return float(classifier.score(test.numpy(), labels.numpy()))
 
 
-def _votes(codes: Tensor, values: Tensor, num_votes: int, num_pairs: int, generator: torch.Generator) -> Tensor:
-    """Return mean absolute differences of pairs that agree in a factor, (votes, L)."""
+def votes_of(codes: Tensor, values: Tensor, num_votes: int, num_pairs: int, generator: torch.Generator) -> Tensor:
+    """Draw the votes of :func:`beta_vae_metric` for one factor.
+
+    Args:
+        codes: (N, L).
+        values: the factor's values, (N,).
+        num_votes: number of votes.
+        num_pairs: pairs per vote.
+        generator: for the draws.
+
+    Returns:
+        Mean absolute differences of pairs that agree in the factor, (num_votes, L).
+    """
     first = torch.randint(len(codes), (num_votes * num_pairs,), generator=generator)
     order, counts = values.argsort(), values.bincount()
     starts = counts.cumsum(0) - counts
@@ -186,6 +183,20 @@ def _votes(codes: Tensor, values: Tensor, num_votes: int, num_pairs: int, genera
     place = (torch.rand(len(first), generator=generator, dtype=torch.float64) * counts[shared]).long()
     second = order[starts[shared] + place]
     return (codes[first] - codes[second]).abs().reshape(num_votes, num_pairs, -1).mean(1)
+
+
+def _mean(site: Site) -> Tensor:
+    name, q = site.name, site.fn
+    if q.event_dim != 1:
+        raise ValueError(f"the guide's site '{name}' is no vector but has events of shape {tuple(q.event_shape)}")
+    try:
+        mean: Tensor = q.mean
+        return mean
+    except NotImplementedError as error:
+        raise ValueError(
+            f"the guide's site '{name}' ({site.family}) has no mean in closed form: average "
+            f"pv.posterior(pair, x).latents['{name}'] over its draws"
+        ) from error
 
 
 def _cut(codes: Tensor, bins: int) -> Tensor:

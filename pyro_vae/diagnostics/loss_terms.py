@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae.distributions.kl import monte_carlo_kl, variational_kl_bound
+from pyro_vae.distributions.mixture_kl import monte_carlo_kl, variational_kl_bound
 from pyro_vae.distributions.mixtures import GaussianMixture
 from pyro_vae.objectives.closed_form import analytic_loss
 from pyro_vae.pair.modes import drawing, to_pair
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.trace import site_terms
 
-__all__ = ["PARTICLES", "REPETITIONS", "loss_terms"]
+__all__ = ["loss_terms"]
 
 # A standard error from 20 repetitions has a relative error of a sixth.
 REPETITIONS = 20

@@ -1,37 +1,27 @@
-"""Divergences of Gaussians in closed form, and bounds for mixtures.
+"""Divergences of Gaussians in closed form.
 
-Every function sums over the event and returns nats, one per batch entry. Only exact divergences are registered with
-torch's ``kl_divergence``. Other code that asks for the exact KL would silently get an upper bound.
+Every function sums over the event and returns nats, one per batch entry. :func:`kl_full` is registered with torch's
+``kl_divergence``. The bounds of ``mixture_kl.py`` are not: other code that asks for the exact KL would silently get an
+upper bound.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
 from torch.distributions import Independent, MultivariateNormal, Normal
 from torch.distributions.kl import register_kl
 
-from pyro_vae.distributions.mixtures import GaussianMixture
-
 __all__ = [
-    "MixtureKL",
     "affine_expected_kl",
     "affine_expected_squared_error",
-    "convex_kl_bound",
     "gaussian_entropy",
     "kl_diagonal",
     "kl_full",
     "kl_standard_normal",
-    "kl_to_prior",
-    "monte_carlo_kl",
-    "variational_kl_bound",
 ]
-
-MixtureKL: TypeAlias = Callable[[Any, GaussianMixture], Tensor]
 
 
 def kl_standard_normal(mean: Tensor, scale: Tensor) -> Tensor:
@@ -113,110 +103,6 @@ def gaussian_entropy(scale: Tensor, size: int) -> Tensor:
     tensor(2.8379)
     """
     return size / 2 * (1 + math.log(2 * math.pi) + 2 * torch.log(scale))
-
-
-def monte_carlo_kl(q: Any, mixture: GaussianMixture, num_particles: int = 1) -> Tensor:
-    """Estimate the divergence of a Gaussian from a mixture by draws from q, without bias.
-
-    KL(q ‖ Σ_i w_i p_i) = E_q[log q(u) − log Σ_i w_i p_i(u)]
-
-    Args:
-        q: a diagonal Gaussian over (L,), batch (…).
-        mixture: a mixture of diagonal Gaussians over (L,).
-        num_particles: K, number of draws.
-
-    Returns:
-        (…), in nats.
-    """
-    u = q.rsample((num_particles,))
-    return (q.log_prob(u) - mixture.log_prob(u)).mean(0)
-
-
-def variational_kl_bound(q: Any, mixture: GaussianMixture) -> Tensor:
-    """Bound the divergence of a Gaussian from a mixture without draws, tighter than by convexity.
-
-    KL(q ‖ Σ_i w_i p_i) ≤ −log Σ_i w_i exp(−KL(q ‖ p_i)) ≤ Σ_i w_i KL(q ‖ p_i)
-
-    Args:
-        q: a diagonal Gaussian over (L,), batch (…).
-        mixture: a mixture of C diagonal Gaussians over (L,).
-
-    Returns:
-        (…), an upper bound, in nats.
-
-    Reference:
-        Hershey and Olsen (2007), Approximating the Kullback Leibler divergence between Gaussian mixture models,
-        ICASSP; here with a single Gaussian as first argument.
-    """
-    return -torch.logsumexp(torch.log(_mixture_weights(mixture)) - _component_kls(q, mixture), -1)
-
-
-def convex_kl_bound(q: Any, mixture: GaussianMixture) -> Tensor:
-    """Bound the divergence of a Gaussian from a mixture by convexity: the documents' bound.
-
-    KL(q ‖ Σ_i w_i p_i) ≤ Σ_i w_i KL(q ‖ p_i)
-
-    Args:
-        q: a diagonal Gaussian over (L,), batch (…).
-        mixture: a mixture of C diagonal Gaussians over (L,).
-
-    Returns:
-        (…), an upper bound, in nats.
-
-    >>> import pyro.distributions as dist
-    >>> q = dist.Normal(torch.zeros(2), torch.ones(2)).to_event(1)
-    >>> components = dist.Normal(torch.tensor([[1.0, 0], [-1, 0]]), torch.ones(2, 2)).to_event(1)
-    >>> convex_kl_bound(q, GaussianMixture(dist.Categorical(logits=torch.zeros(2)), components))
-    tensor(0.5000)
-    """
-    return (_mixture_weights(mixture) * _component_kls(q, mixture)).sum(-1)
-
-
-def kl_to_prior(q: Any, prior: Any, mixture_kl: MixtureKL) -> Tensor:
-    """Return KL(q ‖ prior): closed for a Gaussian prior, by ``mixture_kl`` for a mixture.
-
-    Args:
-        q: a Gaussian over (L,), batch (…).
-        prior: a diagonal Gaussian or a mixture of such, over (L,).
-        mixture_kl: e.g. :func:`convex_kl_bound`.
-
-    Returns:
-        (…), in nats.
-
-    Raises:
-        ValueError: for another guide or prior, e.g. one under a flow.
-    """
-    if isinstance(prior, GaussianMixture):
-        return mixture_kl(q, prior)
-    _check_gaussian(q, "guide")
-    _check_gaussian(prior, "prior")
-    other = prior.base_dist
-    if isinstance(q, MultivariateNormal):
-        return kl_full(q.loc, q.scale_tril, other.loc, torch.diag_embed(other.scale))
-    return kl_diagonal(q.base_dist.loc, q.base_dist.scale, other.loc, other.scale)
-
-
-def _check_gaussian(distribution: Any, whose: str) -> None:
-    base = distribution.base_dist if isinstance(distribution, Independent) else distribution
-    if not isinstance(base, (Normal, MultivariateNormal)):
-        raise ValueError(
-            f"the {whose}'s distribution of a latent is {type(base).__name__}, and no Gaussian: the divergence has no "
-            "closed form; sample it instead, by Trace_ELBO or by pv.log_terms and pv.objectives.elbo"
-        )
-
-
-def _mixture_weights(mixture: GaussianMixture) -> Tensor:
-    return cast(Tensor, mixture.mixture_distribution.probs)
-
-
-def _component_kls(q: Any, mixture: GaussianMixture) -> Tensor:
-    _check_gaussian(q, "guide")
-    components = mixture.component_distribution.base_dist
-    if isinstance(q, MultivariateNormal):
-        factors = torch.diag_embed(components.scale)
-        return kl_full(q.loc.unsqueeze(-2), q.scale_tril.unsqueeze(-3), components.loc, factors)
-    loc, scale = q.base_dist.loc.unsqueeze(-2), q.base_dist.scale.unsqueeze(-2)
-    return kl_diagonal(loc, scale, components.loc, components.scale)
 
 
 def affine_expected_squared_error(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, scale: Tensor) -> Tensor:

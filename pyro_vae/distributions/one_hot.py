@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.kl import register_kl
 
-__all__ = ["MOST_CONFIGURATIONS", "OneHots", "RelaxedOneHots"]
+__all__ = ["OneHots", "RelaxedOneHots"]
 
 # Limit of a sum over configurations: each takes 0.4 MB for 128 data of 784 float32 pixels.
 MOST_CONFIGURATIONS = 2**14

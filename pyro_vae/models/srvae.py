@@ -32,10 +32,11 @@ from pyro_vae.conditionals.likelihoods import DiscretisedLogistic, Gaussian
 from pyro_vae.conditionals.posteriors import DiagonalGaussian
 from pyro_vae.conditionals.priors import MixtureOfGaussians, StandardNormal
 from pyro_vae.conditionals.scales import LearnedScale, Scale
-from pyro_vae.distributions.kl import MixtureKL, gaussian_entropy, kl_diagonal, kl_to_prior
+from pyro_vae.distributions.kl import gaussian_entropy, kl_diagonal
+from pyro_vae.distributions.mixture_kl import MixtureKL, kl_to_prior
 from pyro_vae.networks.convolutional import default_decoder, default_encoder
 from pyro_vae.networks.mlp import MLP
-from pyro_vae.objectives.closed_form import reconstruction
+from pyro_vae.objectives.reconstruction import reconstruction
 from pyro_vae.pair.pair import Pair
 
 __all__ = ["SRVAE", "SRVAELoss", "Transition"]

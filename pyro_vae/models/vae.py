@@ -19,9 +19,9 @@ from pyro_vae.conditionals.conditional import Conditional, Head
 from pyro_vae.conditionals.likelihoods import Gaussian
 from pyro_vae.conditionals.posteriors import DiagonalGaussian
 from pyro_vae.conditionals.priors import MixtureOfGaussians, StandardNormal
-from pyro_vae.distributions.kl import MixtureKL, kl_to_prior
+from pyro_vae.distributions.mixture_kl import MixtureKL, kl_to_prior
 from pyro_vae.networks.convolutional import default_decoder, default_encoder
-from pyro_vae.objectives.closed_form import reconstruction
+from pyro_vae.objectives.reconstruction import reconstruction
 from pyro_vae.pair.pair import Pair
 
 __all__ = ["VAE", "VAELoss"]

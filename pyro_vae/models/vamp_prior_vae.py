@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from pyro_vae.conditionals.conditional import Conditional, Head
 from pyro_vae.conditionals.likelihoods import Bernoulli
 from pyro_vae.conditionals.posteriors import DiagonalGaussian
-from pyro_vae.distributions.kl import MixtureKL, kl_to_prior
+from pyro_vae.distributions.mixture_kl import MixtureKL, kl_to_prior
 from pyro_vae.distributions.mixtures import GaussianMixture
 from pyro_vae.models.vae import VAELoss
 from pyro_vae.networks.mlp import GatedMLP
-from pyro_vae.objectives.closed_form import reconstruction
+from pyro_vae.objectives.reconstruction import reconstruction
 from pyro_vae.pair.pair import Pair
 
 __all__ = ["VampPriorVAE", "starting_pseudo_inputs"]

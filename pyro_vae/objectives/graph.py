@@ -14,29 +14,6 @@ from pyro_vae.pair.handlers import ReplaceLikelihood
 __all__ = ["BalancedGraphLoss"]
 
 
-class _Balanced(InnerProductGraph):
-    def __init__(self, nodes: Tensor, self_links: bool) -> None:
-        super().__init__(nodes, validate_args=False)
-        self.self_links = self_links
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> _Balanced:
-        return _Balanced(self.z.expand(*batch_shape, *self.z.shape[-2:]), self.self_links)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        pairs = value.shape[-1] * (value.shape[-1] - 1) // 2
-        edges = value.sum((-2, -1)) // 2
-        if bool(((edges == 0) | (edges == pairs)).any()):
-            raise ValueError(
-                "the balanced loss weighs edges against unlinked pairs, and a graph lacks one of the two: train with "
-                "Trace_ELBO"
-            )
-        linked, unlinked = ((pairs / count).to(self.z.dtype) for count in (edges, pairs - edges))
-        total = self.weighted_log_prob(value, linked, unlinked)
-        # The published sum over ordered pairs has each edge twice, and each node with itself once.
-        loops = logsigmoid(self.z.square().sum(-1)).sum(-1)
-        return total + linked / 2 * loops if self.self_links else total
-
-
 class BalancedGraphLoss(TraceMeanField_ELBO):
     """Weight the few edges of a graph like its many unlinked pairs: a training loss, and no −ELBO.
 
@@ -67,3 +44,26 @@ class BalancedGraphLoss(TraceMeanField_ELBO):
 
     def _balanced(self, likelihood: Any) -> InnerProductGraph | None:
         return _Balanced(likelihood.z, self.self_links) if isinstance(likelihood, InnerProductGraph) else None
+
+
+class _Balanced(InnerProductGraph):
+    def __init__(self, nodes: Tensor, self_links: bool) -> None:
+        super().__init__(nodes, validate_args=False)
+        self.self_links = self_links
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> _Balanced:
+        return _Balanced(self.z.expand(*batch_shape, *self.z.shape[-2:]), self.self_links)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        pairs = value.shape[-1] * (value.shape[-1] - 1) // 2
+        edges = value.sum((-2, -1)) // 2
+        if bool(((edges == 0) | (edges == pairs)).any()):
+            raise ValueError(
+                "the balanced loss weighs edges against unlinked pairs, and a graph lacks one of the two: train with "
+                "Trace_ELBO"
+            )
+        linked, unlinked = ((pairs / count).to(self.z.dtype) for count in (edges, pairs - edges))
+        total = self.weighted_log_prob(value, linked, unlinked)
+        # The published sum over ordered pairs has each edge twice, and each node with itself once.
+        loops = logsigmoid(self.z.square().sum(-1)).sum(-1)
+        return total + linked / 2 * loops if self.self_links else total

@@ -14,7 +14,7 @@ from pyro_vae.pair.pair import Pair, Program
 from pyro_vae.pair.site import Site
 from pyro_vae.pair.trace import PairTrace, trace_pair, trace_programs
 
-__all__ = ["DivergenceSplit", "TotalCorrelationELBO", "divergence_split"]
+__all__ = ["DivergenceSplit", "TotalCorrelationELBO", "divergence_split", "stratified_log_weights"]
 
 
 class DivergenceSplit(NamedTuple):
@@ -121,6 +121,25 @@ class TotalCorrelationELBO(PairLoss):
             _split(inspection.pair, inspection.training, self.data_size)
 
 
+def stratified_log_weights(count: int, size: int, like: Tensor) -> Tensor:
+    """Return the log-weight of each posterior j in q̂ at a draw of datum i, for :func:`divergence_split`.
+
+    Args:
+        count: M, size of the batch.
+        size: N, number of data.
+        like: a tensor of the dtype and device wanted.
+
+    Returns:
+        (i, j), (M, M).
+    """
+    if count == 1:
+        # A batch of one: q̂ is its posterior.
+        return like.new_zeros(1, 1)
+    same = torch.eye(count, dtype=torch.bool, device=like.device)
+    others = math.log((size - 1) / (size * (count - 1)))
+    return like.new_full((count, count), others).masked_fill(same, -math.log(size))
+
+
 def _split(pair: Pair, trace: PairTrace, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the three parts at every draw, each (K, B)."""
     site = _factorised_site(pair, trace)
@@ -130,21 +149,11 @@ def _split(pair: Pair, trace: PairTrace, size: int) -> tuple[Tensor, Tensor, Ten
         raise ValueError(f"data_size is {size}, smaller than a batch of {count}: it is the number of all training data")
     # Draw i under posterior j: (i, K, 1, L) against parameters (K, j, L).
     under = entries.log_prob(value.transpose(0, 1).unsqueeze(2))
-    weights = _log_weights(count, size, like=value)
+    weights = stratified_log_weights(count, size, like=value)
     log_joint = torch.logsumexp(under.sum(-1) + weights.unsqueeze(1), -1).mT
     log_marginals = torch.logsumexp(under + weights[:, None, :, None], 2).sum(-1).mT
     log_q, log_p = site.log_prob, trace.model[site.name].log_prob
     return log_q - log_joint, log_joint - log_marginals, log_marginals - log_p
-
-
-def _log_weights(count: int, size: int, like: Tensor) -> Tensor:
-    """Return log-weights (i, j) of posterior j in q̂ at a draw of datum i."""
-    if count == 1:
-        # A batch of one: q̂ is its posterior.
-        return like.new_zeros(1, 1)
-    same = torch.eye(count, dtype=torch.bool, device=like.device)
-    others = math.log((size - 1) / (size * (count - 1)))
-    return like.new_full((count, count), others).masked_fill(same, -math.log(size))
 
 
 def _factorised_site(pair: Pair, trace: PairTrace) -> Site:

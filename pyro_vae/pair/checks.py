@@ -10,7 +10,7 @@ from torch import Tensor
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.site import Site
 
-__all__ = ["check_batch", "check_tensor", "refuse_outside"]
+__all__ = ["check_batch", "check_finite", "check_tensor", "refuse_outside"]
 
 # Entries checked together. Marks of all entries could take more memory than the data, e.g. a memory-mapped file.
 ENTRIES = 2**20
@@ -36,7 +36,7 @@ def check_batch(pair: Pair, batch: tuple[Tensor, ...], argument: str = "x") -> N
         raise ValueError(f"{argument} and its conditions have {[len(t) for t in batch]} rows; they must be equal")
     check_tensor(x, pair.x_dtype or next((p.dtype for p in pair.parameters()), x.dtype), argument)
     for tensor in batch[1:]:
-        _check_finite(tensor, argument)
+        check_finite(tensor, argument)
 
 
 def check_tensor(x: Tensor, dtype: torch.dtype, argument: str) -> None:
@@ -47,10 +47,15 @@ def check_tensor(x: Tensor, dtype: torch.dtype, argument: str) -> None:
     """
     if x.dtype != dtype:
         raise ValueError(f"{argument} is {x.dtype}, the pair computes with {dtype}: use {argument}.to({dtype})")
-    _check_finite(x, argument)
+    check_finite(x, argument)
 
 
-def _check_finite(x: Tensor, argument: str) -> None:
+def check_finite(x: Tensor, argument: str) -> None:
+    """Refuse NaN or infinite values; integers have none.
+
+    Raises:
+        ValueError: naming the argument, the number of such values and the first.
+    """
     if not x.is_floating_point():
         return
     count, first = _marked(~torch.isfinite(part) for part in _parts(x))
@@ -58,23 +63,6 @@ def _check_finite(x: Tensor, argument: str) -> None:
         raise ValueError(
             f"{argument} has {count} NaN or infinite value{'s' if count > 1 else ''}, the first at index {first}"
         )
-
-
-def _parts(x: Tensor) -> tuple[Tensor, ...]:
-    """Split data by rows into parts of about ``ENTRIES`` entries."""
-    return x.split(max(1, ENTRIES * len(x) // max(1, x.numel())))
-
-
-def _marked(parts: Iterable[Tensor]) -> tuple[int, tuple[int, ...]]:
-    """Count the true entries of consecutive parts by rows, and find the index of the first."""
-    count, first, start = 0, (), 0
-    for marks in parts:
-        found = int(marks.sum())
-        if found and not count:
-            row, *others = marks.nonzero()[0].tolist()
-            first = (start + row, *others)
-        count, start = count + found, start + len(marks)
-    return count, first
 
 
 def refuse_outside(site: Site, value: Tensor, argument: str, seen: Tensor | None = None) -> None:
@@ -105,3 +93,20 @@ def refuse_outside(site: Site, value: Tensor, argument: str, seen: Tensor | None
         "continuous Bernoulli for [0, 1], a discretised logistic for gray levels (with the data's own number of "
         "levels), a Gaussian for real data"
     )
+
+
+def _parts(x: Tensor) -> tuple[Tensor, ...]:
+    """Split data by rows into parts of about ``ENTRIES`` entries."""
+    return x.split(max(1, ENTRIES * len(x) // max(1, x.numel())))
+
+
+def _marked(parts: Iterable[Tensor]) -> tuple[int, tuple[int, ...]]:
+    """Count the true entries of consecutive parts by rows, and find the index of the first."""
+    count, first, start = 0, (), 0
+    for marks in parts:
+        found = int(marks.sum())
+        if found and not count:
+            row, *others = marks.nonzero()[0].tolist()
+            first = (start + row, *others)
+        count, start = count + found, start + len(marks)
+    return count, first

@@ -30,26 +30,6 @@ def scaled_latents(beta: float | Tensor) -> Iterator[None]:
             yield
 
 
-class _ScaleLatents(Messenger):
-    """Scale the log-densities of latent sites by β ≥ 0, in the guide and in the model that replays it.
-
-    A site that the guide fixes to a point mass counts as data and is not scaled.
-    """
-
-    def __init__(self, beta: float | Tensor) -> None:
-        super().__init__()
-        self.beta = beta
-        self.fixed: set[str] = set()
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["is_observed"]:
-            return
-        if is_point_mass(msg["fn"]):
-            self.fixed.add(msg["name"])
-        if msg["name"] not in self.fixed:
-            msg["scale"] = msg["scale"] * self.beta
-
-
 class HoldLatents(Messenger):
     """Set latent sites to given values. They are scored, and stay latent.
 
@@ -80,3 +60,23 @@ class ReplaceLikelihood(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if msg["is_observed"] and (other := self.replace(bare(msg["fn"]))) is not None:
             msg["fn"] = other
+
+
+class _ScaleLatents(Messenger):
+    """Scale the log-densities of latent sites by β ≥ 0, in the guide and in the model that replays it.
+
+    A site that the guide fixes to a point mass counts as data and is not scaled.
+    """
+
+    def __init__(self, beta: float | Tensor) -> None:
+        super().__init__()
+        self.beta = beta
+        self.fixed: set[str] = set()
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"]:
+            return
+        if is_point_mass(msg["fn"]):
+            self.fixed.add(msg["name"])
+        if msg["name"] not in self.fixed:
+            msg["scale"] = msg["scale"] * self.beta

@@ -246,16 +246,6 @@ def run_program(
         return sites_of(poutine.trace(held).get_trace(*arguments))
 
 
-def _programs(pair: Pair) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Return model and guide as plain functions, which announce no parameters to Pyro."""
-    return partial(type(pair).model, pair), partial(type(pair).guide, pair)
-
-
-def _particle_plate(pair: Pair, num_particles: int) -> pyro.plate:
-    # To the left of the pair's plates.
-    return pyro.plate(PARTICLES, num_particles, dim=-1 - pair.max_plate_nesting)
-
-
 def site_of_x(model: Mapping[str, Site], data: Tensor) -> Site:
     """Return the site that observes ``data``, also in a run of the model that drew it.
 
@@ -304,3 +294,13 @@ def check_measures(trace: PairTrace) -> None:
                 f"site '{name}' is {'discrete' if other.is_discrete else 'continuous'} in the model but not in "
                 "the guide: a mass over a density is no weight; give both the same kind of distribution"
             )
+
+
+def _programs(pair: Pair) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Return model and guide as plain functions, which announce no parameters to Pyro."""
+    return partial(type(pair).model, pair), partial(type(pair).guide, pair)
+
+
+def _particle_plate(pair: Pair, num_particles: int) -> pyro.plate:
+    # To the left of the pair's plates.
+    return pyro.plate(PARTICLES, num_particles, dim=-1 - pair.max_plate_nesting)

@@ -63,11 +63,11 @@ def test_a_rotated_code_leaves_the_classifier_little_more_than_chance() -> None:
 
 
 def test_votes_agree_in_their_factor() -> None:
-    from pyro_vae.diagnostics.disentanglement import _votes
+    from pyro_vae.diagnostics.disentanglement import votes_of
 
     factors = FACTORS[torch.randperm(len(FACTORS))[:500]]
     for k in range(5):
-        votes = _votes(factors.double(), factors[:, k], 20, 10, torch.Generator().manual_seed(0))
+        votes = votes_of(factors.double(), factors[:, k], 20, 10, torch.Generator().manual_seed(0))
         assert (votes[:, k] == 0).all()
         assert (votes.sum(0) > 0).sum() == 4
 

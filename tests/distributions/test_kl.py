@@ -15,15 +15,12 @@ import pyro_vae as pv
 from pyro_vae.distributions.kl import (
     affine_expected_kl,
     affine_expected_squared_error,
-    convex_kl_bound,
     gaussian_entropy,
     kl_diagonal,
     kl_full,
     kl_standard_normal,
-    kl_to_prior,
-    monte_carlo_kl,
-    variational_kl_bound,
 )
+from pyro_vae.distributions.mixture_kl import convex_kl_bound, kl_to_prior, monte_carlo_kl, variational_kl_bound
 from pyro_vae.distributions.mixtures import GaussianMixture
 
 # Sums of at most a few dozen float64 terms of order one: rounding stays below 1e-13.

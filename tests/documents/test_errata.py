@@ -30,7 +30,7 @@ from pyro_vae.likelihood.importance import naive_log_likelihood
 from pyro_vae.models import VAE, LinearGaussianVAE, LinearTwoStageVAE
 from pyro_vae.networks.mlp import MLP
 from pyro_vae.objectives.bounds import elbo
-from pyro_vae.objectives.closed_form import (
+from pyro_vae.objectives.reconstruction import (
     documents_mse_reconstruction,
     gaussian_reconstruction,
     mse_reconstruction,

@@ -16,7 +16,7 @@ import pyro_vae as pv
 from pyro_vae.models import VAE, LinearGaussianMixtureVAE
 from pyro_vae.objectives.bounds import beta_elbo, elbo
 from pyro_vae.objectives.loss import check_loss
-from pyro_vae.objectives.total_correlation import _log_weights
+from pyro_vae.objectives.total_correlation import stratified_log_weights
 from pyro_vae.pair.inspection import inspect
 from pyro_vae.training.captured_step import captured_step
 from pyro_vae.training.step import eager_step
@@ -91,7 +91,7 @@ def test_the_average_over_all_batches_is_the_average_posterior() -> None:
         batches = [b for b in itertools.combinations(range(size), count) if own in b]
         estimates = []
         for batch in batches:
-            weights = _log_weights(count, size, like=z)[batch.index(own)].exp()
+            weights = stratified_log_weights(count, size, like=z)[batch.index(own)].exp()
             estimates.append((weights * each[list(batch)]).sum())
         torch.testing.assert_close(torch.stack(estimates).mean(), each.mean(), **ROUNDING)
 

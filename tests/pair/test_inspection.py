@@ -105,13 +105,13 @@ CALLS: dict[str, Any] = {
 @pytest.mark.parametrize("call", CALLS)
 def test_data_are_scanned_for_nan_once(monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     scanned: Counter[int] = Counter()
-    check = checks._check_finite
+    check = checks.check_finite
 
     def counted(x: Tensor, argument: str) -> None:
         scanned[len(x)] += 1
         check(x, argument)
 
-    monkeypatch.setattr(checks, "_check_finite", counted)
+    monkeypatch.setattr(checks, "check_finite", counted)
     CALLS[call](Counted(), torch.randn(64, 4))
     assert scanned == {64: 1}
 
