@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from pyro_vae.capture.fused_adam import around_the_step
-from pyro_vae.runtime.batches import gathered
+from pyro_vae.runtime.batches import Batch, Rows, gathered, unpacked
 
 __all__ = ["DEVICES", "GraphedStep", "Layout", "layout", "waits_for_the_device"]
 
@@ -143,20 +143,14 @@ class GraphedStep:
         self.told: set[str] = set()
         self.gave_up = False
 
-    def __call__(self, *batch: Tensor, beta: float = 1.0) -> float | Tensor:
-        return self._taken(batch, None, layout(batch), beta)
-
-    def on_rows(self, data: tuple[Tensor, ...], rows: Tensor, *, beta: float = 1.0) -> float | Tensor:
-        """Take a step on rows of data that lie on the device, which the graph gathers.
-
-        Args:
-            data: (N, …) each; the same tuple at each step.
-            rows: (B,), row numbers on the device.
-            beta: weight of the divergence terms.
-        """
+    def __call__(self, *batch: Tensor | Batch, beta: float = 1.0) -> float | Tensor:
+        if not isinstance(batch[0], Rows):
+            tensors = unpacked(batch)
+            return self._taken(tensors, None, layout(tensors), beta)
+        data, rows = batch[0].data, batch[0].rows
         key = (id(data), len(rows))
         if key not in self.layouts:
-            # The data are held too, so that their id stays theirs.
+            # Holding the data keeps their id from being used again.
             self.layouts[key] = data, layout(_batch((rows,), data))
         return self._taken((rows,), data, self.layouts[key][1], beta)
 

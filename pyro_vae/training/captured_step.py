@@ -33,6 +33,7 @@ from pyro_vae.capture.tracer import CaptureError, Tape, traced
 from pyro_vae.objectives.loss import Loss
 from pyro_vae.pair.modes import device_of
 from pyro_vae.pair.pair import Pair
+from pyro_vae.runtime.batches import Batch, unpacked
 from pyro_vae.training import step as steps
 from pyro_vae.training.step import Average, NonFiniteLossError, Step, eager_backward, updating_step
 
@@ -158,7 +159,8 @@ class _CapturedStep:
         self.gave_up = False
         self.lazy = True
 
-    def __call__(self, *batch: Tensor, beta: float = 1.0) -> float:
+    def __call__(self, *given: Tensor | Batch, beta: float = 1.0) -> float:
+        batch = unpacked(given)
         recording = self._found(batch, beta, self.eager_step)
         if not isinstance(recording, _Recording):
             return recording
