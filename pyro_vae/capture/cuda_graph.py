@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from pyro_vae.capture.fused_adam import around_the_step
+from pyro_vae.capture.program import Layout, Signature, layout
 from pyro_vae.runtime.batches import Batch, Rows, gathered, unpacked
 
-__all__ = ["DEVICES", "GraphedStep", "Layout", "layout", "waits_for_the_device"]
+__all__ = ["DEVICES", "WARM_UPS", "GraphedStep", "waits_for_the_device"]
 
 # Steps of a kind that are launched kernel by kernel before it becomes a graph: they make the optimiser's state, choose
 # algorithms and set up libraries, none of which may happen while a graph is made.
@@ -34,7 +35,6 @@ WARM_UPS = 2
 MAX_GRAPHS = 64
 # Optimisers that read a learning rate on the device from there, if they are capturable; others would fetch it.
 READ_THEIR_RATE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax)
-Layout = tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...]
 
 
 class Device(Protocol):
@@ -87,19 +87,22 @@ class CudaDevice:
 DEVICES: dict[str, Callable[[torch.device], Device]] = {"cuda": CudaDevice}
 
 
-class Recorded(Protocol):
-    """The recorded passes that graphs are made of."""
+class CapturedPasses(Protocol):
+    """Captured forward and backward passes, which CUDA graphs are made of; a program of each signature."""
 
     beta: Tensor
 
-    def kind(self, shapes: Layout, beta: float | Tensor) -> Hashable:
-        """Return what tells the recordings apart."""
+    def signature(self, batch: Layout, beta: float | Tensor) -> Signature:
+        """Return the signature of a step on a batch of this layout."""
 
-    def obstacle(self, kind: Hashable) -> str | None:
-        """Return why a kind of step cannot become a graph; "" while it has no recording, None where it can."""
+    def has_program(self, signature: Signature) -> bool:
+        """Tell whether steps of this signature are captured already."""
+
+    def obstacle(self, signature: Signature) -> str | None:
+        """Return why the program of a signature cannot be part of a CUDA graph; None if it can."""
 
     def tensors(self) -> list[Tensor]:
-        """Return the tensors that outlive a step and that it reads or writes."""
+        """Return the parameters and buffers, which outlive a step."""
 
 
 class _Graph(NamedTuple):
@@ -118,8 +121,8 @@ class GraphedStep:
     told in one line.
 
     Args:
-        recorded: the passes that the step replays.
-        step: the step, which returns its loss as a tensor and takes β as a number or as ``recorded.beta``.
+        passes: the captured passes that the step replays.
+        step: the step, which returns its loss as a tensor and takes β as a number or as ``passes.beta``.
         optimizer: the step's optimiser.
         device: makes graphs.
         tell: is called with that line.
@@ -127,13 +130,13 @@ class GraphedStep:
 
     def __init__(
         self,
-        recorded: Recorded,
+        passes: CapturedPasses,
         step: Callable[..., float | Tensor],
         optimizer: torch.optim.Optimizer,
         device: Device,
         tell: Callable[[str], object] | None = None,
     ) -> None:
-        self.recorded, self.step, self.optimizer, self.device = recorded, step, optimizer, device
+        self.passes, self.step, self.optimizer, self.device = passes, step, optimizer, device
         self.tell = tell or (lambda line: None)
         self.graphs: dict[Hashable, _Graph] = {}
         self.warm: Counter[Hashable] = Counter()
@@ -159,11 +162,13 @@ class GraphedStep:
     ) -> float | Tensor:
         if self.gave_up:
             return self.step(*_batch(given, data), beta=beta)
-        kind = self.recorded.kind(shapes, beta)
-        key = (kind, None if data is None else id(data))
+        signature = self.passes.signature(shapes, beta)
+        key = (signature, None if data is None else id(data))
         graph = self.graphs.get(key)
         if graph is None or graph.baked_in != self._baked_in():
-            if (obstacle := self.recorded.obstacle(kind)) is not None:
+            if not self.passes.has_program(signature):
+                return self.step(*_batch(given, data), beta=beta)
+            if (obstacle := self.passes.obstacle(signature)) is not None:
                 self._tell(obstacle)
                 return self.step(*_batch(given, data), beta=beta)
             graph = self._next(key, given, data, beta)
@@ -175,7 +180,7 @@ class GraphedStep:
         for held, new in zip(graph.inputs, given, strict=True):
             held.copy_(new)
         if beta != 1.0:
-            self.recorded.beta.fill_(beta)
+            self.passes.beta.fill_(beta)
         self._fill_rates()
         graph.replay()
         # The next replay overwrites it.
@@ -205,7 +210,7 @@ class GraphedStep:
         inputs: tuple[Tensor, ...] = ()
 
         def work() -> Tensor:
-            loss = self.step(*_batch(inputs, data), beta=1.0 if beta == 1.0 else self.recorded.beta)
+            loss = self.step(*_batch(inputs, data), beta=1.0 if beta == 1.0 else self.passes.beta)
             assert isinstance(loss, Tensor)
             return loss
 
@@ -229,7 +234,7 @@ class GraphedStep:
 
     def _baked_in(self) -> list[Any]:
         """Return where the tensors lie that graphs read and write, and the optimiser's numbers."""
-        values = [*self.recorded.tensors(), *(v for held in self.optimizer.state.values() for v in held.values())]
+        values = [*self.passes.tensors(), *(v for held in self.optimizer.state.values() for v in held.values())]
         for group in self.optimizer.param_groups:
             read_from_device = ("params", "lr") if _keeps_its_rate(self.optimizer, group) else ("params",)
             values += [value for name, value in group.items() if name not in read_from_device]
@@ -267,7 +272,7 @@ class GraphedStep:
         self._tell(reason)
 
     def _tell(self, reason: str) -> None:
-        if reason and reason not in self.told:
+        if reason not in self.told:
             self.told.add(reason)
             self.tell(f"steps are launched kernel by kernel, not as one CUDA graph: {reason}")
 
@@ -303,15 +308,6 @@ def _held(tensor: Tensor) -> Tensor:
 def _batch(given: tuple[Tensor, ...], data: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
     """Return the batch that was given, or the rows of the data whose numbers were."""
     return given if data is None else tuple(gathered(tensor, given[0]) for tensor in data)
-
-
-def layout(batch: tuple[Tensor, ...]) -> Layout:
-    """Return the shapes, strides and dtypes of a batch.
-
-    >>> layout((torch.zeros(2, 3),))
-    ((torch.Size([2, 3]), (3, 1), torch.float32),)
-    """
-    return tuple([(t.shape, t.stride(), t.dtype) for t in batch])
 
 
 def _obstacle(optimizer: torch.optim.Optimizer) -> str | None:
