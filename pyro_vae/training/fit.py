@@ -293,7 +293,7 @@ def _described(thing: object) -> str:
 def _steps(trainer: Trainer, loss: Loss, capture: Capture, tell: Callable[[str], object] | None) -> tuple[Step, Step]:
     """Return the step of a run's first batch, which Pyro validates and so is eager, and that of all other batches."""
     pair, optimizer, settings = trainer.pair, trainer.optimizer, trainer.settings
-    average = Averaging(pair) if trainer.processes.size > 1 else None
+    average = Averaging(pair, trainer.processes) if trainer.processes.size > 1 else None
     particles, clip_norm = settings.num_particles, settings.clip_norm
     eager = eager_step(pair, loss, optimizer, num_particles=particles, clip_norm=clip_norm, average=average)
     if capture is False:
