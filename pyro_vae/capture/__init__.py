@@ -1,1 +1,1 @@
-"""Record a Pyro program once, compile it, replay it."""
+"""Capture a Pyro program: run it once, save its tensor operations, compile and replay them."""

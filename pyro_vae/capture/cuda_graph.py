@@ -1,11 +1,11 @@
-"""A whole training step as one CUDA graph: gather, recorded pass, mean, clipping and the optimiser's update.
+"""A whole training step as one CUDA graph: gather, forward and backward pass, mean, clipping and update.
 
-The kernels of a small step take longer to launch than to run; a graph launches them all at once. It is made by running
-the step once while the device takes down its kernels instead of running them, and has then baked in every number of
-Python's and every tensor's place in memory. What changes from step to step is therefore copied into tensors of the
-graph's own: the batch, or the row numbers of a batch in data on the device; β; the learning rates. Where something else
-has changed, the optimiser's state after a checkpoint was loaded, say, the graph is made anew. Draws differ between
-replays, since torch keeps its generator's place outside a graph.
+The kernels of a small step take longer to launch than to run. A CUDA graph launches all of them at once. CUDA captures
+the kernels of one step without running them. A CUDA graph then holds every Python number and every memory address of
+that step. Values that change between steps are therefore copied into fixed tensors: the batch, or the row numbers of a
+batch in data on the device; β; the learning rates. If anything else changes, e.g. the optimiser's state when a
+checkpoint is loaded, the CUDA graph is captured again. Each replay draws new noise: torch advances its generator
+outside CUDA graphs.
 
 Reference:
     PyTorch, Accelerating PyTorch with CUDA graphs (2021), pytorch.org/blog/accelerating-pytorch-with-cuda-graphs.
@@ -23,32 +23,32 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from pyro_vae.capture.fused_adam import around_the_step
-from pyro_vae.runtime.batches import gathered
+from pyro_vae.capture.program import Layout, Signature, layout
+from pyro_vae.runtime.batches import Batch, Rows, gathered, unpacked
 
-__all__ = ["DEVICES", "GraphedStep", "Layout", "layout", "waits_for_the_device"]
+__all__ = ["DEVICES", "WARM_UPS", "GraphedStep", "waits_for_the_device"]
 
-# Steps of a kind that are launched kernel by kernel before it becomes a graph: they make the optimiser's state, choose
-# algorithms and set up libraries, none of which may happen while a graph is made.
+# Steps of a signature that run kernel by kernel before its CUDA graph: they make the optimiser's state, choose
+# algorithms and set up libraries. None of that may happen during a CUDA capture.
 WARM_UPS = 2
-# A graph takes about as long to make as some hundreds of steps.
+# A CUDA graph takes about as long to make as some hundreds of steps.
 MAX_GRAPHS = 64
-# Optimisers that read a learning rate on the device from there, if they are capturable; others would fetch it.
+# Optimisers that, if capturable, leave a learning rate on the device; others would read it back.
 READ_THEIR_RATE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax)
-Layout = tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...]
 
 
 class Device(Protocol):
-    """What makes graphs."""
+    """A device that makes CUDA graphs."""
 
     def aside(self) -> AbstractContextManager[None]:
-        """Run what is inside where graphs are made."""
+        """Run the code inside on the stream of CUDA captures."""
 
     def captured(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """Take down what ``work`` would do, without doing it; return what does it, and where its result will be."""
+        """Capture the kernels of ``work`` without running them. Return (replay, output)."""
 
 
 class CudaDevice:
-    """Makes CUDA graphs, which share their memory: one replays at a time, and what it computes is copied out of it."""
+    """Make CUDA graphs that share memory: one replays at a time, and its output is copied."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.stream = device, torch.cuda.Stream(device)
@@ -56,7 +56,7 @@ class CudaDevice:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Run what is inside on the stream that graphs are made on, whose workspaces it sets up."""
+        """Run the code inside on the stream of CUDA captures, and set up its workspaces."""
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         try:
             with torch.cuda.stream(self.stream):
@@ -65,9 +65,9 @@ class CudaDevice:
             torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
     def captured(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """Make a graph of the kernels that ``work`` launches."""
+        """Capture the kernels of ``work`` without running them. Return (replay, output)."""
         graph = torch.cuda.CUDAGraph()
-        # Another thread may pin the memory of the next batch meanwhile.
+        # Another thread may pin the memory of the next batch at the same time.
         mode: Any = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
         failure: Exception | None = None
         try:
@@ -78,32 +78,35 @@ class CudaDevice:
                     failure = error
                     raise
         except Exception as error:
-            # Ending a capture that has failed fails too, in words that do not say why.
+            # A failed capture fails again when it ends, with a message that hides the reason.
             raise (failure or error) from None
         return graph.replay, result
 
 
-# By the type of device.
+# By type of device.
 DEVICES: dict[str, Callable[[torch.device], Device]] = {"cuda": CudaDevice}
 
 
-class Recorded(Protocol):
-    """The recorded passes that graphs are made of."""
+class CapturedPasses(Protocol):
+    """Captured forward and backward passes, which CUDA graphs are made of; a program of each signature."""
 
     beta: Tensor
 
-    def kind(self, shapes: Layout, beta: float | Tensor) -> Hashable:
-        """Return what tells the recordings apart."""
+    def signature(self, batch: Layout, beta: float | Tensor) -> Signature:
+        """Return the signature of a step on a batch of this layout."""
 
-    def obstacle(self, kind: Hashable) -> str | None:
-        """Return why a kind of step cannot become a graph; "" while it has no recording, None where it can."""
+    def has_program(self, signature: Signature) -> bool:
+        """Tell whether steps of this signature are captured already."""
+
+    def obstacle(self, signature: Signature) -> str | None:
+        """Return why the program of a signature cannot be part of a CUDA graph; None if it can."""
 
     def tensors(self) -> list[Tensor]:
-        """Return the tensors that outlive a step and that it reads or writes."""
+        """Return the parameters and buffers, which outlive a step."""
 
 
 class _Graph(NamedTuple):
-    """A graph, what is copied into it, its loss, and what it has baked in."""
+    """A CUDA graph, its input tensors, its loss, and the numbers and addresses that it holds."""
 
     replay: Callable[[], None]
     inputs: tuple[Tensor, ...]
@@ -112,28 +115,29 @@ class _Graph(NamedTuple):
 
 
 class GraphedStep:
-    """Take steps by replaying graphs of a step that does not read from the device.
+    """Take steps by replaying CUDA graphs.
 
-    The first steps of a kind are launched kernel by kernel, and so are all of them where no graph can be made; that is
-    told in one line.
+    The first steps of a signature run kernel by kernel. So do all steps if no CUDA graph can be made; ``tell`` is then
+    called with the reason.
 
     Args:
-        recorded: the passes that the step replays.
-        step: the step, which returns its loss as a tensor and takes β as a number or as ``recorded.beta``.
+        passes: the captured passes that the step replays.
+        step: the step. It may not synchronise, returns its loss as a tensor, and takes β as a number or as
+            ``passes.beta``.
         optimizer: the step's optimiser.
-        device: makes graphs.
-        tell: is called with that line.
+        device: makes CUDA graphs.
+        tell: is called with a line of text.
     """
 
     def __init__(
         self,
-        recorded: Recorded,
+        passes: CapturedPasses,
         step: Callable[..., float | Tensor],
         optimizer: torch.optim.Optimizer,
         device: Device,
         tell: Callable[[str], object] | None = None,
     ) -> None:
-        self.recorded, self.step, self.optimizer, self.device = recorded, step, optimizer, device
+        self.passes, self.step, self.optimizer, self.device = passes, step, optimizer, device
         self.tell = tell or (lambda line: None)
         self.graphs: dict[Hashable, _Graph] = {}
         self.warm: Counter[Hashable] = Counter()
@@ -143,20 +147,14 @@ class GraphedStep:
         self.told: set[str] = set()
         self.gave_up = False
 
-    def __call__(self, *batch: Tensor, beta: float = 1.0) -> float | Tensor:
-        return self._taken(batch, None, layout(batch), beta)
-
-    def on_rows(self, data: tuple[Tensor, ...], rows: Tensor, *, beta: float = 1.0) -> float | Tensor:
-        """Take a step on rows of data that lie on the device, which the graph gathers.
-
-        Args:
-            data: (N, …) each; the same tuple at each step.
-            rows: (B,), row numbers on the device.
-            beta: weight of the divergence terms.
-        """
+    def __call__(self, *batch: Tensor | Batch, beta: float = 1.0) -> float | Tensor:
+        if not isinstance(batch[0], Rows):
+            tensors = unpacked(batch)
+            return self._taken(tensors, None, layout(tensors), beta)
+        data, rows = batch[0].data, batch[0].rows
         key = (id(data), len(rows))
         if key not in self.layouts:
-            # The data are held too, so that their id stays theirs.
+            # Holding the data keeps their id from being used again.
             self.layouts[key] = data, layout(_batch((rows,), data))
         return self._taken((rows,), data, self.layouts[key][1], beta)
 
@@ -165,11 +163,13 @@ class GraphedStep:
     ) -> float | Tensor:
         if self.gave_up:
             return self.step(*_batch(given, data), beta=beta)
-        kind = self.recorded.kind(shapes, beta)
-        key = (kind, None if data is None else id(data))
+        signature = self.passes.signature(shapes, beta)
+        key = (signature, None if data is None else id(data))
         graph = self.graphs.get(key)
         if graph is None or graph.baked_in != self._baked_in():
-            if (obstacle := self.recorded.obstacle(kind)) is not None:
+            if not self.passes.has_program(signature):
+                return self.step(*_batch(given, data), beta=beta)
+            if (obstacle := self.passes.obstacle(signature)) is not None:
                 self._tell(obstacle)
                 return self.step(*_batch(given, data), beta=beta)
             graph = self._next(key, given, data, beta)
@@ -181,18 +181,18 @@ class GraphedStep:
         for held, new in zip(graph.inputs, given, strict=True):
             held.copy_(new)
         if beta != 1.0:
-            self.recorded.beta.fill_(beta)
+            self.passes.beta.fill_(beta)
         self._fill_rates()
         graph.replay()
-        # The next replay overwrites it.
+        # A copy: the next replay overwrites the loss.
         return graph.loss.clone()
 
     def _next(
         self, key: Hashable, given: tuple[Tensor, ...], data: tuple[Tensor, ...] | None, beta: float
     ) -> _Graph | None:
-        """Return a new graph; None where this step is to be launched kernel by kernel."""
+        """Return a new CUDA graph; None if this step is to run kernel by kernel."""
         if self.graphs.pop(key, None) is not None:
-            # What was replaced may be made at the next step only, such as an optimiser's state.
+            # New state, e.g. of the optimiser, may first be made by the next step.
             self.warm[key] = 0
         if (obstacle := _obstacle(self.optimizer)) is not None:
             self._give_up(obstacle)
@@ -211,7 +211,7 @@ class GraphedStep:
         inputs: tuple[Tensor, ...] = ()
 
         def work() -> Tensor:
-            loss = self.step(*_batch(inputs, data), beta=1.0 if beta == 1.0 else self.recorded.beta)
+            loss = self.step(*_batch(inputs, data), beta=1.0 if beta == 1.0 else self.passes.beta)
             assert isinstance(loss, Tensor)
             return loss
 
@@ -225,7 +225,7 @@ class GraphedStep:
             reason = f"{type(self.optimizer).__name__} puts new values in the place of old ones at each step"
         except Exception as error:
             reason = str(error).split("\n")[0].strip() or type(error).__name__
-        # No kernel has run: what Python has set meanwhile holds nothing.
+        # No kernel has run: gradients and state that Python has set hold no values.
         self.optimizer.zero_grad()
         for parameter, held in self.optimizer.state.items():
             held.clear()
@@ -234,8 +234,8 @@ class GraphedStep:
         return None
 
     def _baked_in(self) -> list[Any]:
-        """Return where the tensors lie that graphs read and write, and the optimiser's numbers."""
-        values = [*self.recorded.tensors(), *(v for held in self.optimizer.state.values() for v in held.values())]
+        """Return the memory addresses and the optimiser's numbers that a CUDA graph holds."""
+        values = [*self.passes.tensors(), *(v for held in self.optimizer.state.values() for v in held.values())]
         for group in self.optimizer.param_groups:
             read_from_device = ("params", "lr") if _keeps_its_rate(self.optimizer, group) else ("params",)
             values += [value for name, value in group.items() if name not in read_from_device]
@@ -244,7 +244,7 @@ class GraphedStep:
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:
-        """Have the optimiser read its learning rates from the device, where replays find the current ones."""
+        """Let the optimiser read its learning rates from the device, where replays find current ones."""
         self._fill_rates()
         groups = self.optimizer.param_groups
         before = [dict(group) for group in groups]
@@ -253,7 +253,7 @@ class GraphedStep:
                 if _keeps_its_rate(self.optimizer, group):
                     group["lr"] = self.rates[i].tensor
                 if "capturable" in group:
-                    # A fused optimiser is, whether it was told so or not.
+                    # A fused optimiser is capturable, with or without the flag.
                     group["capturable"] = True
             yield
         finally:
@@ -273,13 +273,13 @@ class GraphedStep:
         self._tell(reason)
 
     def _tell(self, reason: str) -> None:
-        if reason and reason not in self.told:
+        if reason not in self.told:
             self.told.add(reason)
             self.tell(f"steps are launched kernel by kernel, not as one CUDA graph: {reason}")
 
 
 class _Rate:
-    """A learning rate on the device, written where it has changed."""
+    """A learning rate on the device, written when it changes."""
 
     def __init__(self, group: dict[str, Any]) -> None:
         parameter = group["params"][0]
@@ -295,33 +295,24 @@ class _Rate:
 
 
 def _keeps_its_rate(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
-    """Tell whether a group's learning rate, a number, can be read from the device instead."""
+    """Tell whether the optimiser can read this group's learning rate from the device."""
     if isinstance(group["lr"], Tensor) and group["lr"].device == group["params"][0].device:
         return False
     return bool(group.get("fused") or (group.get("capturable") and isinstance(optimizer, READ_THEIR_RATE)))
 
 
 def _held(tensor: Tensor) -> Tensor:
-    """Return a copy laid out alike: recordings are chosen by strides."""
+    """Return a copy with the same strides, which are part of a signature."""
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 def _batch(given: tuple[Tensor, ...], data: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
-    """Return the batch that was given, or the rows of the data whose numbers were."""
+    """Return the given batch, or the rows of the data with the given numbers."""
     return given if data is None else tuple(gathered(tensor, given[0]) for tensor in data)
 
 
-def layout(batch: tuple[Tensor, ...]) -> Layout:
-    """Return the shapes, strides and dtypes of a batch.
-
-    >>> layout((torch.zeros(2, 3),))
-    ((torch.Size([2, 3]), (3, 1), torch.float32),)
-    """
-    return tuple([(t.shape, t.stride(), t.dtype) for t in batch])
-
-
 def _obstacle(optimizer: torch.optim.Optimizer) -> str | None:
-    """Return why an optimiser's step cannot be part of a graph; None where it can."""
+    """Return why an optimiser's step cannot be part of a CUDA graph; None if it can."""
     name = type(optimizer).__name__
     if (around := around_the_step(optimizer)) is not None:
         return f"{name} has {around}, which a graph would not call"
@@ -333,19 +324,19 @@ def _obstacle(optimizer: torch.optim.Optimizer) -> str | None:
     return None
 
 
-# Operations whose result has a size that depends on values, or that look at one.
+# Operations that read a value, or whose result has a size that depends on values.
 _READS = {"nonzero", "masked_select", "_local_scalar_dense", "unique_dim", "_unique2", "unique_consecutive"}
 _READS |= {"bincount", "repeat_interleave", "_linalg_check_errors"}
 
 
 def waits_for_the_device(graph: GraphModule, device: torch.device) -> str | None:
-    """Return what keeps a recorded graph from being part of a CUDA graph, or None.
+    """Return the reason why a program cannot be part of a CUDA graph, or None.
 
-    That is an operation that waits for the device, and one that is done by the CPU, which replays would not repeat.
+    Such a program has an operation that synchronises, or one on the CPU, which replays would not repeat.
 
     Args:
-        graph: a recorded graph of aten operations.
-        device: that its inputs are on.
+        graph: aten operations of a program.
+        device: the device of its inputs.
 
     >>> from torch.fx.experimental.proxy_tensor import make_fx
     >>> waits_for_the_device(make_fx(lambda x: x.nonzero())(torch.ones(2)), torch.device("cpu"))
@@ -365,7 +356,7 @@ def waits_for_the_device(graph: GraphModule, device: torch.device) -> str | None
             return f"the program asks for values that the device has yet to compute ({node.target})"
         if name in ("_to_copy", "copy", "copy_") and len(places) > 1:
             return f"the program copies between devices ({node.target}): make the tensor on the batch's device"
-        # A number that the CPU made once, a constant, is the same at every replay.
+        # A constant on the CPU is the same at every replay.
         if (on_cpu and torch.Tag.nondeterministic_seeded in node.target.tags) or by_cpu & {*node.all_input_nodes}:
             return f"the program computes on the CPU ({node.target}): make the tensor on the batch's device"
     return None
@@ -374,7 +365,7 @@ def waits_for_the_device(graph: GraphModule, device: torch.device) -> str | None
 def _indexes_by_mask(name: str, arguments: tuple[Any, ...]) -> bool:
     if name not in ("index", "index_put", "index_put_", "_unsafe_index", "_unsafe_index_put"):
         return False
-    # One number in all places that are true is filled in without asking how many they are.
+    # Filling in one number does not need the number of true entries.
     value = arguments[2].meta["val"] if len(arguments) > 2 else None
     fills = value is not None and value.numel() == 1 and value.device.type == "cpu"
     masks = [i for i in arguments[1] if i is not None and i.meta["val"].dtype in (torch.bool, torch.uint8)]

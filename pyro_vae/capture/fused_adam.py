@@ -1,7 +1,8 @@
-"""The optimiser's step from a list of gradients, without what ``Optimizer.step`` does around its kernel.
+"""The optimiser's step from a list of gradients, without the overhead of ``Optimizer.step``.
 
-Around the kernel of a fused Adam torch gathers, groups and profiles, for about as long as the kernel of a small network
-takes. Where the optimiser is just that, the kernel is called on the optimiser's own state, with the same result.
+torch gathers, groups and profiles around the kernel of fused Adam, which takes as long as the kernel of a
+small network.
+For a plain fused Adam the kernel is called directly on the optimiser's state, with the same result.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ __all__ = ["around_the_step", "update"]
 def update(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
     """Take the optimiser's step with these gradients and no others, and leave ``p.grad`` empty.
 
-    The numbers, and the state left in the optimiser, are those of ``optimizer.step()``, bit for bit.
+    Parameters and the optimiser's state are then bitwise those of ``optimizer.step()``.
 
     Args:
-        optimizer: any of torch's.
-        parameters: those with a gradient.
-        gradients: one for each.
+        optimizer: any torch optimiser.
+        parameters: the parameters that have a gradient.
+        gradients: a gradient for each of them.
 
     >>> weight = nn.Parameter(torch.zeros(2))
     >>> update(torch.optim.SGD([weight], lr=0.5), [weight], [torch.ones(2)])
@@ -33,7 +34,7 @@ def update(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter],
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            # Gradients that others left must not enter.
+            # Other code may have left gradients.
             parameter.grad = None
     if _is_plain_fused_adam(optimizer, parameters):
         _fused_adam(optimizer, parameters, gradients)
@@ -46,9 +47,9 @@ def update(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter],
 
 
 def around_the_step(optimizer: torch.optim.Optimizer) -> str | None:
-    """Say what of the user's own happens at the optimiser's step besides its update; None where nothing does."""
+    """Name code of the user's that runs at the optimiser's step: hooks, or a replaced ``step``; None without any."""
     own = vars(optimizer).get("step")
-    # A scheduler wraps ``step`` to count its calls, for a warning that the first call settles.
+    # A scheduler wraps ``step`` to count its calls; the count only serves a warning at the first one.
     if own is not None and getattr(own, "__wrapped__", None) is not type(optimizer).step:
         return "a step that was put in the place of its own"
     watched: tuple[Any, ...] = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
@@ -58,7 +59,7 @@ def around_the_step(optimizer: torch.optim.Optimizer) -> str | None:
 
 
 def _is_plain_fused_adam(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> bool:
-    """Tell whether ``optimizer.step()`` would do nothing but call the kernel once, on state that is there."""
+    """Tell whether ``optimizer.step()`` would only call the kernel once, on existing state."""
     if type(optimizer) is not torch.optim.Adam or len(optimizer.param_groups) != 1 or "grad_scale" in vars(optimizer):
         return False
     if around_the_step(optimizer) is not None:
@@ -71,7 +72,7 @@ def _is_plain_fused_adam(optimizer: torch.optim.Optimizer, parameters: Sequence[
     first = parameters[0] if parameters else None
     if first is None or first.device.type != "cpu":
         return False
-    # Looking a parameter up would leave an empty entry in the state.
+    # state[parameter] would add an empty entry.
     return all(p.dtype == first.dtype and p.device == first.device and optimizer.state.get(p) for p in parameters)
 
 
@@ -82,7 +83,7 @@ def _fused_adam(
     steps = [state["step"] for state in states]
     beta1, beta2 = group["betas"]
     with torch.no_grad():
-        # A number would be made a tensor once for each parameter.
+        # A tensor: a Python number would be converted once per parameter.
         torch._foreach_add_(steps, torch.ones((), device=steps[0].device), alpha=1.0)
         torch._fused_adam_(
             [*parameters],

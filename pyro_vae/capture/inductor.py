@@ -1,4 +1,4 @@
-"""Compile a recorded graph, on its own: no tracing of Python, no guards at its calls."""
+"""Compile a captured program with torch's inductor, without tracing Python again and without guards at its calls."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ LARGEST_BLOCK = 31 * 2**20
 def compile_graph(
     graph: GraphModule, inputs: list[Tensor], tell: Callable[[str], object] | None = None
 ) -> Callable[..., Any] | None:
-    """Return the graph compiled; None, with a warning, where that is not possible.
+    """Return the compiled graph; None, with a warning, if it cannot be compiled.
 
     Args:
-        graph: a recorded graph of aten operations.
-        inputs: what it takes.
-        tell: is called with a line of text before and after.
+        graph: aten operations of a program.
+        inputs: example inputs.
+        tell: is called with a line of text before and after compiling.
     """
     tell = tell or (lambda line: None)
     start = time.perf_counter()
@@ -44,11 +44,11 @@ def compile_graph(
             get_cpp_compiler()
         tell(f"compiling a recorded step of {len(graph.graph.nodes)} operations")
         before = counters["inductor"]["fxgraph_cache_hit"]
-        # Random numbers come from torch's own generator, as in the eager step; shapes and strides are part of what a
-        # recording is chosen by, so that they need no check at each call.
+        # Noise comes from torch's generator, as in the eager step. Programs are chosen by shapes and strides, which
+        # need no check at each call.
         options = {"fallback_random": True, "size_asserts": False, "alignment_asserts": False}
-        # One C++ source for the whole graph: of many, one for each kernel, each would read torch's headers anew. It
-        # would lose the kind of error that a matrix without a decomposition raises.
+        # One C++ source for the whole graph: many sources would each include torch's headers. Not for Cholesky: its
+        # errors would lose their type.
         raises = any(node.target is torch.ops.aten._linalg_check_errors.default for node in graph.graph.nodes)
         options["cpp_wrapper"] = on_cpu and not raises
         with torch.no_grad(), config.patch(options), _unsaid("c-shim"):
@@ -64,7 +64,7 @@ def compile_graph(
 
 @contextmanager
 def _unsaid(words: str) -> Iterator[None]:
-    """Keep what the compiler logs of these words, how it calls an operation, from the user's terminal."""
+    """Hide log lines of the compiler's that contain these words."""
     logger = logging.getLogger("torch._inductor.ir")
     silence = lambda record: words not in record.getMessage()  # noqa: E731
     logger.addFilter(silence)
@@ -75,11 +75,11 @@ def _unsaid(words: str) -> Iterator[None]:
 
 
 def _compilable(graph: GraphModule) -> GraphModule:
-    """Return a copy that the compiler takes, and for which it draws the same noise.
+    """Return a copy that the compiler accepts, and that draws the same noise when compiled.
 
-    It may lay tensors out otherwise than they were recorded, and not every layout has a view: what is only read is
-    reshaped instead, which may copy. What is written to through a view, or while there is one, must stay the same
-    memory. Bits of given probabilities it would draw in a way of its own; filled in place they are left to torch.
+    The compiler may choose other strides, and ``view`` fails on some. Tensors that are only read are therefore
+    reshaped, which may copy. A tensor that is written through a view, or while a view exists, must stay in the same
+    memory. The compiler would draw Bernoulli bits with other random numbers; drawn in place, they are left to torch.
     """
     aten, graph = torch.ops.aten, copy.deepcopy(graph)
     for node in graph.graph.nodes:
@@ -96,15 +96,14 @@ def _compilable(graph: GraphModule) -> GraphModule:
 
 
 def _origin(node: Node) -> Node:
-    """Return the node whose memory a node is a view of; itself where it is none."""
+    """Return the node that a node is a view of, or the node itself."""
     while _is_view(node):
         node = node.all_input_nodes[0]
     return node
 
 
 def _only_read(node: Node) -> bool:
-    """Tell whether no operation writes to the memory of a node, by itself or by a view of it."""
-    # What an operation wrote to it returns, beside the views that there were before.
+    """Tell whether no operation writes to the memory of a node, directly or through a view."""
     return not _may_write(node) and all(
         not _may_write(user) and (not _is_view(user) or _only_read(user)) for user in node.users
     )
@@ -113,20 +112,20 @@ def _only_read(node: Node) -> bool:
 def _may_write(node: Node) -> bool:
     if node.op != "call_function" or node.target is operator.getitem:
         return False
-    # Of operators that hold graphs of their own nothing is known.
+    # Operators that contain graphs are unknown: they may write.
     return not isinstance(node.target, OpOverload) or node.target._schema.is_mutable
 
 
 def _is_view(node: Node) -> bool:
-    # One of several results may be a view of what they were taken from.
+    # An item of several results may be a view of the operand.
     return node.target is operator.getitem or (isinstance(node.target, OpOverload) and node.target.is_view)
 
 
 def keep_pages() -> None:
-    """Let the C library keep the memory that a step frees for the next step.
+    """Let the C library reuse freed memory for the next step.
 
-    By default glibc returns freed blocks above a threshold to the system, which clears their pages and hands them back
-    one fault at a time: for wide networks a third of a step. It raises the threshold by itself, to the size of the
-    largest block freed so far; so one is freed that was never touched and cost nothing. Other libraries ignore it.
+    By default glibc returns freed blocks above a threshold to the system. Each new block then causes page faults: a
+    third of a step for wide networks. glibc raises the threshold to the size of the largest block freed so far. Freeing
+    a large block that was never written costs nothing. Other C libraries ignore it.
     """
     torch.empty(LARGEST_BLOCK, dtype=torch.uint8)

@@ -1,7 +1,7 @@
-"""Matrix products on a CPU through oneDNN, where a recorded graph is faster so.
+"""Matmuls on a CPU by oneDNN, where that makes a captured program faster.
 
-torch's own products go to MKL, which on some processors leaves their widest vector instructions unused; oneDNN does
-not. Which is faster depends on processor, sizes and threads, so the whole graph is timed both ways.
+torch computes matmuls by MKL, which leaves the widest vector instructions of some processors unused; oneDNN uses them.
+The faster library depends on processor, sizes and threads. The whole program is therefore timed with both.
 """
 
 from __future__ import annotations
@@ -9,46 +9,34 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.fx import GraphModule
 
-__all__ = ["through_onednn", "with_faster_products"]
+__all__ = ["matmul_operator", "through_onednn", "with_faster_products"]
 
-# Timings of each way, of which the least counts: interruptions by other processes only ever add to one.
+# Timings of each way. The least counts: other processes only ever add time.
 TIMINGS = 8
-# Of two ways that are about as fast, torch's own is kept, so that the choice does not change from run to run.
+# A smaller gain leaves the matmuls to torch: the choice should not change from run to run.
 LEAST_GAIN = 0.05
-# Products of fewer multiplications than this are over before oneDNN has looked its kernel up, which takes about 15 µs.
+# Matmuls of fewer multiplications take less time than oneDNN needs to look up its kernel, about 15 µs.
 FEWEST_MULTIPLICATIONS = 3_000_000
-# As an operation of its own the product passes through torch.compile, which would take oneDNN's own for inference's.
-_LIBRARY = torch.library.Library("pyro_vae", "DEF")
-_LIBRARY.define("product(Tensor left, Tensor right, Tensor? bias) -> Tensor")
-
-
-def _product(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(left, right.t(), bias, "none", [], None)
-
-
-def _shape_of_product(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
-    return left.new_empty(left.shape[0], right.shape[1])
-
-
-_LIBRARY.impl("product", _product, "CPU")
-_LIBRARY.impl("product", _shape_of_product, "Meta")
+_REGISTERED: list[torch.library.Library] = []
 
 
 def with_faster_products(graph: GraphModule, inputs: Sequence[Tensor]) -> GraphModule:
-    """Return the graph as it is or with its products through oneDNN, whichever runs faster on these inputs.
+    """Return the graph, or a copy with its matmuls by oneDNN if that runs faster on these inputs.
 
     Args:
-        graph: a recorded graph of aten operations.
-        inputs: what it takes; they and the random state are left as they are.
+        graph: aten operations of a program.
+        inputs: example inputs; neither they nor the random state change.
 
     Returns:
-        The graph itself, or a copy that is equal up to rounding.
+        The graph itself, or a copy whose results are equal up to rounding.
     """
     other = through_onednn(graph)
     if other is None:
@@ -66,7 +54,7 @@ def with_faster_products(graph: GraphModule, inputs: Sequence[Tensor]) -> GraphM
 
 
 def through_onednn(graph: GraphModule) -> GraphModule | None:
-    """Return a copy of the graph with large float32 and bfloat16 products through oneDNN; None where it has none."""
+    """Return a copy of the graph with its large float32 and bfloat16 matmuls by oneDNN; None if it has none."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return None
     graph = copy.deepcopy(graph)
@@ -78,16 +66,39 @@ def through_onednn(graph: GraphModule) -> GraphModule | None:
         *bias, left, right = arguments
         with nodes.inserting_before(node):
             if not left.meta["val"].is_contiguous():
-                # Copied in the graph, where a compiler can join the copy with what computes the operand.
+                # A copy inside the graph: a compiler can fuse it with the operations before it.
                 value = left.meta["val"]
                 left = nodes.call_function(aten.clone.default, (left,), {"memory_format": torch.contiguous_format})
                 left.meta["val"] = value.new_empty(value.shape)
-            new = nodes.call_function(torch.ops.pyro_vae.product.default, (left, right, bias[0] if bias else None))
+            new = nodes.call_function(matmul_operator(), (left, right, bias[0] if bias else None))
         new.meta = node.meta
         node.replace_all_uses_with(new)
         nodes.erase_node(node)
     graph.recompile()
     return graph if found else None
+
+
+@cache
+def matmul_operator() -> OpOverload:
+    """Return oneDNN's matmul as an operator of torch's, registered at the first call.
+
+    ``torch.compile`` passes an unknown operator through. It would take oneDNN's own operator for one of inference.
+    """
+    library = torch.library.Library("pyro_vae", "DEF")
+    library.define("matmul(Tensor left, Tensor right, Tensor? bias) -> Tensor")
+    library.impl("matmul", _matmul, "CPU")
+    library.impl("matmul", _empty_result, "Meta")
+    # Its operators live as long as the library.
+    _REGISTERED.append(library)
+    return torch.ops.pyro_vae.matmul.default
+
+
+def _matmul(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(left, right.t(), bias, "none", [], None)
+
+
+def _empty_result(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
+    return left.new_empty(left.shape[0], right.shape[1])
 
 
 def _taken_by_onednn(node: torch.fx.Node) -> bool:

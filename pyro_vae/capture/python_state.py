@@ -1,9 +1,10 @@
-"""The Python state that a recorded program may read, or set: attributes of a pair's modules and of the loss."""
+"""Python state that a program may read or set: attributes, globals, closure variables; parameters and buffers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from operator import itemgetter
 from types import CellType
 from typing import Any
@@ -12,41 +13,152 @@ import torch
 from torch import Tensor
 
 from pyro_vae.capture.tracer import CaptureError
-from pyro_vae.objectives.loss import Loss
 from pyro_vae.pair.pair import Pair
 
-__all__ = ["name_of", "plain_attributes", "swapped", "unchanged"]
+__all__ = ["PairState", "Snapshot", "name_of", "plain_attributes", "swapped", "unchanged"]
 
-# Whose classes' attributes stay as they are.
+# The attributes of these packages' classes do not change.
 LIBRARIES = ("abc", "builtins", "pyro", "pyro_vae", "torch", "torchvision", "typing")
+_ABSENT = object()
 
 
-def name_of(loss: Loss) -> str:
-    """Return what a loss is called."""
-    return getattr(loss, "__name__", type(loss).__name__)
+def name_of(function: object) -> str:
+    """Return the name of a loss: of a function, or of an object's class."""
+    return getattr(function, "__name__", type(function).__name__)
 
 
-def _owners(pair: Pair, loss: Loss) -> Iterator[tuple[str, dict[str, Any]]]:
-    for name, module in pair.named_modules():
-        yield f"{type(pair).__name__}{name and '.'}{name}", vars(module)
-    if hasattr(loss, "__dict__"):
-        yield name_of(loss), vars(loss)
+class PairState:
+    """The parameters and buffers of a pair, in a fixed order.
+
+    Buffers are looked up at each call of :meth:`tensors`: a module may assign a new one between two steps.
+
+    Args:
+        pair: the pair; later it may neither gain nor lose a parameter or buffer.
+    """
+
+    def __init__(self, pair: Pair) -> None:
+        self.pair = pair
+        self.parameters = list(pair.parameters())
+        self.parameters_count = len(self.parameters)
+        self._buffers = [(m._buffers, n) for m in pair.modules() for n, b in m._buffers.items() if b is not None]
+
+    def tensors(self) -> list[Tensor]:
+        """Return the parameters, then the buffers as they are now."""
+        buffers: list[Any] = [held[name] for held, name in self._buffers]
+        return [*self.parameters, *buffers]
 
 
-def _classes(pair: Pair) -> list[type]:
-    """Return the users' own classes among those of a pair's modules, whose attributes a program may read."""
-    found = {cls for module in pair.modules() for cls in type(module).__mro__}
-    return [cls for cls in found if cls.__module__.split(".")[0] not in LIBRARIES]
+def plain_attributes(pair: Pair, function: object) -> list[tuple[Callable[[Any], Any], Mapping[str, Any], list[str]]]:
+    """Return the numbers, flags and names that a program may read.
 
+    Args:
+        pair: the attributes of its modules, and of its users' own classes.
+        function: the attributes of a loss.
 
-def plain_attributes(pair: Pair, loss: Loss) -> list[tuple[Callable[[Any], Any], Mapping[str, Any], list[str]]]:
-    """Return where the numbers, flags and names are that a program may have read, and what reads them together."""
+    Returns:
+        For each object: a function that reads the values from its namespace, the namespace, and the names.
+    """
     found: list[tuple[Callable[[Any], Any], Mapping[str, Any], list[str]]] = []
-    for held in (*(held for _, held in _owners(pair, loss)), *map(vars, _classes(pair))):
+    for held in (*(held for _, held in _owners(pair, function)), *map(vars, _classes(pair))):
         if names := [name for name, value in held.items() if _is_plain(value)]:
             # Given one name, itemgetter returns no tuple.
             found.append((itemgetter(*names, names[0]), held, [*names, names[0]]))
     return found
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Somewhere that names have values: before, now, and how to set or delete one."""
+
+    owner: str
+    before: dict[str, Any]
+    now: Callable[[], Mapping[str, Any]]
+    set: Callable[[str, Any], object]
+    delete: Callable[[str], object]
+
+    def changed(self) -> list[str]:
+        now = self.now()
+        names = [*self.before, *(name for name in now if name not in self.before)]
+        return [name for name in names if _differ(now.get(name, _ABSENT), self.before.get(name, _ABSENT))]
+
+    def restore(self) -> None:
+        for name in self.changed():
+            if name in self.before:
+                self.set(name, self.before[name])
+            else:
+                self.delete(name)
+
+
+class Snapshot:
+    """Remember the attributes, globals and closure variables that a pair's programs and a loss may set.
+
+    Args:
+        pair: the pair.
+        function: the loss, or another function of the program.
+
+    >>> from pyro_vae.models import LinearGaussianVAE
+    >>> pair = LinearGaussianVAE(3, 1)
+    >>> snapshot = Snapshot(pair, len)
+    >>> pair.calls = 1
+    >>> snapshot.diff()
+    ["'calls' of LinearGaussianVAE"]
+    >>> snapshot.restore()
+    >>> hasattr(pair, "calls"), snapshot.diff()
+    (False, [])
+    """
+
+    def __init__(self, pair: Pair, function: Callable[..., Any]) -> None:
+        functions = [f for f in (type(pair).model, type(pair).guide, function) if hasattr(f, "__globals__")]
+        modules = {id(f.__globals__): (f"module {f.__module__}", f.__globals__) for f in functions}
+        self._places = [_of_namespace(owner, held) for owner, held in (*_owners(pair, function), *modules.values())]
+        self._places += [_of_class(cls) for cls in _classes(pair)]
+        cells = [cell for f in functions for cell in f.__closure__ or () if cell != CellType()]
+        self._cells = [_of_cell(cell) for cell in cells]
+        self._outside = f"a variable outside {name_of(function)}"
+
+    def diff(self) -> list[str]:
+        """Return descriptions of everything that has changed since."""
+        changed = [f"'{name}' of {place.owner}" for place in self._places for name in place.changed()]
+        return changed + [self._outside for place in self._cells if place.changed()]
+
+    def restore(self) -> None:
+        """Put the old values back."""
+        for place in (*self._places, *self._cells):
+            place.restore()
+
+
+def _of_namespace(owner: str, held: dict[str, Any]) -> _Place:
+    return _Place(owner, dict(held), lambda: held, held.__setitem__, held.__delitem__)
+
+
+def _of_class(cls: type) -> _Place:
+    def put(name: str, value: Any) -> None:
+        setattr(cls, name, value)
+
+    return _Place(f"class {cls.__name__}", dict(vars(cls)), lambda: vars(cls), put, lambda name: delattr(cls, name))
+
+
+def _of_cell(cell: CellType) -> _Place:
+    def put(name: str, value: Any) -> None:
+        cell.cell_contents = value
+
+    def now() -> dict[str, Any]:
+        return {"contents": cell.cell_contents}
+
+    return _Place("", now(), now, put, lambda name: None)
+
+
+def _owners(pair: Pair, function: object) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, module in pair.named_modules():
+        yield f"{type(pair).__name__}{name and '.'}{name}", vars(module)
+    if hasattr(function, "__dict__"):
+        yield name_of(function), vars(function)
+
+
+def _classes(pair: Pair) -> list[type]:
+    """Return the users' own classes of a pair's modules, whose attributes a program may read."""
+    found = {cls for module in pair.modules() for cls in type(module).__mro__}
+    return [cls for cls in found if cls.__module__.split(".")[0] not in LIBRARIES]
 
 
 def _is_plain(value: Any) -> bool:
@@ -55,48 +167,36 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str, torch.dtype))
 
 
-@contextmanager
-def unchanged(pair: Pair, loss: Loss) -> Iterator[list[str]]:
-    """Put back every attribute and global that is set inside, and yield a list that then names them."""
-    functions = [f for f in (type(pair).model, type(pair).guide, loss) if hasattr(f, "__globals__")]
-    modules = {id(f.__globals__): (f"module {f.__module__}", f.__globals__) for f in functions}
-    before = [(owner, held, dict(held)) for owner, held in (*_owners(pair, loss), *modules.values())]
-    of_classes = [(cls, dict(vars(cls))) for cls in _classes(pair)]
-    cells = [(cell, cell.cell_contents) for f in functions for cell in f.__closure__ or () if cell != CellType()]
-    changed: list[str] = []
-    try:
-        yield changed
-    finally:
-        for owner, held, old in before:
-            for name in [
-                name for name in old.keys() | held.keys() if _differ(held.get(name, cells), old.get(name, cells))
-            ]:
-                changed.append(f"'{name}' of {owner}")
-                held[name] = old.get(name)
-                if name not in old:
-                    del held[name]
-        for cls, old in of_classes:
-            held = vars(cls)
-            for name in [n for n in old.keys() | held.keys() if _differ(held.get(n, cells), old.get(n, cells))]:
-                changed.append(f"'{name}' of class {cls.__name__}")
-                setattr(cls, name, old[name]) if name in old else delattr(cls, name)
-        for cell, value in cells:
-            if _differ(cell.cell_contents, value):
-                changed.append(f"a variable outside {name_of(loss)}")
-                cell.cell_contents = value
-
-
 def _differ(value: Any, previous: Any) -> bool:
-    # Recurrent layers keep lists of their weights, anew for each run.
+    # Recurrent layers make new lists of their weights at each run.
     cached = type(value) is list and type(previous) is list
     return value is not previous and not cached and not (_is_plain(value) and value == previous)
 
 
 @contextmanager
-def swapped(pair: Pair, tensors: dict[int, Tensor]) -> Iterator[None]:
-    """Put tensors in the place of parameters and buffers, given by their ids, wherever the pair holds them.
+def unchanged(pair: Pair, function: Callable[..., Any]) -> Iterator[list[str]]:
+    """Restore everything that is set inside, and yield a list that then names it."""
+    snapshot = Snapshot(pair, function)
+    changed: list[str] = []
+    try:
+        yield changed
+    finally:
+        changed += snapshot.diff()
+        snapshot.restore()
 
-    ``torch.func.functional_call`` goes by name, and leaves a layer that a network holds twice without its parameters.
+
+@contextmanager
+def swapped(pair: Pair, tensors: dict[int, Tensor]) -> Iterator[None]:
+    """Run a pair with other tensors in the places of its parameters and buffers.
+
+    ``torch.func.functional_call`` goes by name; a layer that a network holds twice would lose its parameters.
+
+    Args:
+        pair: the pair.
+        tensors: the new tensors, by the ids of the old ones.
+
+    Raises:
+        CaptureError: if the program adds a parameter or a buffer.
     """
     places: list[Any] = [held for m in pair.modules() for held in (m._parameters, m._buffers)]
     before = [dict(held) for held in places]

@@ -1,4 +1,4 @@
-"""The recorder: what a Pyro program does to tensors, as a graph, and the reason where that is not possible."""
+"""The tracer: a Pyro program's tensor operations as a graph, or the reason why there is none."""
 
 from __future__ import annotations
 
@@ -19,19 +19,21 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
+from pyro_vae.capture.internals import NON_FAKE_TENSOR, PYRO_SKIPS_ZEROS, PYRO_WARNS, ProvenanceTensor
+
 __all__ = ["CaptureError", "Tape", "traced"]
 
 
 class CaptureError(ValueError):
-    """A Pyro program cannot be recorded; the message names the line or operation that prevents it."""
+    """A Pyro program cannot be captured; the message names the line or operation that prevents it."""
 
 
 class Tape(TorchFunctionMode):
-    """Answer for tensors without values what Pyro asks of values, and gather the gradients of its backward calls.
+    """Answer questions of Pyro's about values, on tensors without values; collect the gradients of backward calls.
 
     Args:
-        leaves: what gradients are taken of.
-        seed: what all gradients are multiplied by, at the root, where that costs nothing.
+        leaves: the tensors to take gradients of.
+        seed: factor of all gradients. It multiplies the gradient of the root, which costs nothing.
     """
 
     def __init__(self, leaves: list[Tensor], seed: float | None = None) -> None:
@@ -44,7 +46,7 @@ class Tape(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is Tensor.item:
-            # Pyro adds such numbers up as Python floats, in double precision.
+            # Pyro adds such numbers up as Python floats, i.e. in double precision.
             value = args[0].detach()
             return value.double() if value.is_floating_point() else value
         if func is Tensor.backward:
@@ -63,14 +65,13 @@ class Tape(TorchFunctionMode):
             self.gradients[i] = more if old is None else old if more is None else old + more
 
     def _answer(self, func: Any, frame: FrameType | None) -> bool:
-        asking = next(f for f in _outward(frame) if not _inside(f.f_code.co_filename, _TORCH))
-        if func is Tensor.__bool__ and asking.f_code.co_filename == pyro.util.__file__:
-            # Pyro's warnings of NaN: the step refuses a loss that is not finite itself.
+        frames = list(_outward(frame))
+        asking = next(f for f in frames if not _inside(f.f_code.co_filename, _TORCH))
+        if func is Tensor.__bool__ and asking.f_code in PYRO_WARNS:
             return False
-        if func is Tensor.__bool__ and asking.f_code.co_name == "compute_expectation":
-            # TraceEnum_ELBO skips outcomes of probability zero; were there one, 0 · (−∞) = NaN would be refused too.
+        if func is Tensor.__bool__ and asking.f_code is PYRO_SKIPS_ZEROS:
             return True
-        user = next((f for f in _outward(frame) if not _is_machinery(f.f_code.co_filename)), asking)
+        user = next((f for f in frames if not _is_machinery(f.f_code.co_filename)), asking)
         raise CaptureError(
             f"{_place(user.f_code.co_filename, user.f_lineno)} asks for a tensor's value ({func.__name__}), "
             "on which the recorded operations may not depend: use torch.where, or keep the tensor"
@@ -79,17 +80,16 @@ class Tape(TorchFunctionMode):
 
 _ASKS_FOR_A_VALUE = {Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.__index__, Tensor.__complex__}
 _TORCH = (Path(torch.__file__).parent,)
-_PYRO = Path(pyro.__file__).parent
+_PYRO = (Path(pyro.__file__).parent,)
 _STANDARD = (Path(sysconfig.get_path("stdlib")),)
-_MACHINERY = (
-    *_TORCH,
-    _PYRO,
-    *(Path(__file__).parents[1] / room for room in ("capture", "pair", "training")),
-)
+# Rooms of this package that run programs and are no part of them: an error names the line of a program.
+_ROOMS = tuple(Path(__file__).parents[1] / room for room in ("capture", "likelihood", "pair", "training"))
+assert all(room.is_dir() for room in _ROOMS)
+_MACHINERY = (*_TORCH, *_PYRO, *_ROOMS)
 
 
 def _outward(frame: FrameType | None) -> Iterator[FrameType]:
-    # What lies further out called for the recording and is no part of the program.
+    # Frames further out called for the capture.
     while frame is not None and frame.f_code is not traced.__code__:
         yield frame
         frame = frame.f_back
@@ -111,8 +111,12 @@ def _place(filename: str, line: int | None) -> str:
 def traced(program: Callable[..., Any], inputs: list[Tensor]) -> GraphModule:
     """Return the operations of a program, without those that only detach.
 
+    Args:
+        program: a function of tensors.
+        inputs: example inputs; only their layouts are read.
+
     Raises:
-        CaptureError: naming the line that could not be recorded.
+        CaptureError: naming the line that cannot be captured.
     """
     before = _foreign_generators()
     try:
@@ -125,7 +129,7 @@ def traced(program: Callable[..., Any], inputs: list[Tensor]) -> GraphModule:
     if _foreign_generators() != before:
         raise CaptureError("the program draws from random or numpy, which a replay would not: draw with torch")
     for node in graph.graph.nodes:
-        # Replays run without gradients, where a detached tensor is the tensor.
+        # Replays take no gradients: a detached tensor is the tensor.
         if node.target in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             node.replace_all_uses_with(node.args[0])
     graph.graph.eliminate_dead_code()
@@ -140,12 +144,12 @@ def _foreign_generators() -> tuple[Any, ...]:
 
 def _reason(error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)
-    pyros = [f for f in frames if _inside(f.filename, (_PYRO,))]
+    pyros = [f for f in frames if _inside(f.filename, _PYRO)]
     users = [f for f in frames if not _is_machinery(f.filename)]
     where = (users or pyros or frames)[-1]
     what = str(error).split("\n")[0].strip() or "no reason given"
-    if "convert all Tensors to FakeTensors" in str(error):
+    if NON_FAKE_TENSOR in str(error):
         what = "it uses a tensor that is neither a parameter, a buffer nor part of the batch: register it as a buffer"
-    if "ProvenanceTensor" in str(error):
+    if ProvenanceTensor.__name__ in str(error):
         return "Pyro marks the draws of sites without rsample by tensors of its own, and so is eager by design"
     return f"{_place(where.filename, where.lineno)} raises {type(error).__name__}: {what}"

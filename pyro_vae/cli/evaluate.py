@@ -12,6 +12,7 @@ from pyro_vae.cli.runs import join_processes, load_run
 from pyro_vae.data import subset_after_shuffle
 from pyro_vae.likelihood.estimate import LogLikelihood, likelihood_notes
 from pyro_vae.likelihood.importance import log_likelihood
+from pyro_vae.likelihood.shared import shared_log_likelihood
 from pyro_vae.report.files import record_likelihood
 from pyro_vae.report.markdown import write_report
 from pyro_vae.runtime.device import resolve_device
@@ -54,7 +55,7 @@ class Evaluate:
             run_dir=self.folder,
             progress=processes.is_first,
         )
-        ll = processes.log_likelihood(estimate, x, seed=self.seed)
+        ll = shared_log_likelihood(processes, estimate, x, seed=self.seed)
         if processes.is_first:
             report_likelihood(self.folder, ll)
 

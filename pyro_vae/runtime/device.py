@@ -1,4 +1,4 @@
-"""The device that work runs on."""
+"""The device to run on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["resolve_device"]
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """Return the device meant by "auto", "cpu", "cuda", …
+    """Return a device by its name: "cpu", "cuda", or "auto" for a GPU if there is one.
 
     Raises:
         ValueError: for CUDA on a machine without it, and for an unknown name.

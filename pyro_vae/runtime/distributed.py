@@ -1,10 +1,10 @@
-"""Several processes, one run: each takes its share of every batch, and gradients are averaged by torch's DDP.
+"""Data-parallel runs: several processes share each batch, and gradients are averaged over all of it.
 
     torchrun --nproc-per-node=4 -m pyro_vae train vae --data mnist
 
-Every process is given all of the data and runs the same program. N processes with batch size B take the steps of one
-process with batch size N · B, on noise of their own; batch normalisation sees each share by itself. Only the first
-process writes files and draws progress bars.
+Give every process all of the data and run the same program. N processes with batch size B take the steps of one process
+with batch size N · B, with different noise. Batch normalisation sees each share alone. Only the first process writes
+files and draws progress bars.
 """
 
 from __future__ import annotations
@@ -17,26 +17,27 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-
-from pyro_vae.likelihood.estimate import LogLikelihood
-from pyro_vae.pair.pair import Pair
 
 __all__ = ["Averaging", "LostProcessError", "Processes", "join"]
 
 Result = TypeVar("Result")
-# What torchrun, and any other launcher for torch, tells each process.
+# Environment variables that torchrun, or another launcher for torch, sets.
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Seeds lie below it; torch takes no larger ones.
 SEEDS = 2**63
 
 
 class LostProcessError(RuntimeError):
-    """Another process of a run has ended, so that this one cannot go on."""
+    """Another process of the run has ended or cannot be reached."""
 
 
 class Processes(NamedTuple):
-    """The processes of a run, as one of them sees them; alone, a run is one process and nothing here communicates."""
+    """One process's view of the processes of a run. A run without a launcher is one process and never communicates.
+
+    Args:
+        rank: number of this process, from 0.
+        size: number of processes.
+    """
 
     rank: int = 0
     size: int = 1
@@ -47,7 +48,7 @@ class Processes(NamedTuple):
         return self.rank == 0
 
     def share(self, rows: Tensor) -> Tensor:
-        """Return this process's part of a batch's rows: parts differ by at most one row, and may be empty.
+        """Return this process's part of a batch's rows. Parts differ by at most one row, and may be empty.
 
         >>> [Processes(rank, 2).share(torch.arange(5)).tolist() for rank in range(2)]
         [[0, 1, 2], [3, 4]]
@@ -55,11 +56,11 @@ class Processes(NamedTuple):
         return rows if self.size == 1 else rows.tensor_split(self.size)[self.rank]
 
     def seed(self, seed: int, epoch: int = 0) -> int:
-        """Return a seed of this process's own; alone, the seed itself."""
+        """Return another seed in each process and epoch; one process alone keeps the seed."""
         return seed if self.size == 1 else ((seed * 1_000_003 + epoch) * self.size + self.rank) % SEEDS
 
     def device(self, device: torch.device) -> torch.device:
-        """Return this process's own CUDA device of its machine, where none was named."""
+        """Return the CUDA device of this process, unless one was named by its index."""
         if self.size == 1 or device.type != "cuda" or device.index is not None:
             return device
         own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", self.rank % torch.cuda.device_count())))
@@ -67,7 +68,7 @@ class Processes(NamedTuple):
         return own
 
     def gather(self, value: Result) -> list[Result]:
-        """Return every process's value, by rank, in all of them."""
+        """Return the values of all processes, by rank, to all of them."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -76,7 +77,7 @@ class Processes(NamedTuple):
         return values
 
     def from_first(self, function: Callable[[], Result]) -> Result:
-        """Call a function in the first process only, and return its value, or raise its ValueError, in all of them."""
+        """Call a function in the first process; return its value, or raise its error, in all processes."""
         if self.size == 1:
             return function()
         answer: list[Any] = [None, None]
@@ -92,7 +93,7 @@ class Processes(NamedTuple):
         return answer[0]
 
     def check_same(self, data: object) -> None:
-        """Refuse processes that were given different data, by their fingerprints.
+        """Refuse different data in different processes, by their fingerprints.
 
         Raises:
             ValueError: in every process.
@@ -100,33 +101,11 @@ class Processes(NamedTuple):
         if len(set(self.gather(data))) > 1:
             raise ValueError("the processes were given different data: give all of them to each; fit shares them out")
 
-    def log_likelihood(self, estimate: Callable[..., LogLikelihood], *batch: Tensor, seed: int) -> LogLikelihood:
-        """Estimate the log-likelihood of each process's part of the data, and return that of all of them.
-
-        Args:
-            estimate: called with a part of the batch and ``seed=``.
-            batch: ``x`` (B, …) and the pair's conditions, the same in every process.
-            seed: of the draws.
-
-        Returns:
-            :class:`~pyro_vae.evaluate.LogLikelihood` of the B data in their order.
-
-        Raises:
-            ValueError: for fewer data than processes.
-        """
-        if len(batch[0]) < self.size:
-            raise ValueError(f"there are {len(batch[0])} data for {self.size} processes: start fewer of them")
-        own = estimate(*map(self.share, batch), seed=self.seed(seed))
-        fields = [name for name, value in own._asdict().items() if isinstance(value, Tensor)]
-        parts = self.gather({name: getattr(own, name).cpu() for name in fields})
-        whole: dict[str, Any] = {n: torch.cat([part[n] for part in parts], -1).to(batch[0].device) for n in fields}
-        return own._replace(**whole)
-
 
 def join(device: torch.device | str = "cpu") -> Processes:
-    """Return the processes of the run that this one belongs to, and connect with them where a launcher started several.
+    """Connect to the other processes of the run, if a launcher such as torchrun started several; return all of them.
 
-    Connections go through gloo on a CPU and NCCL on CUDA devices, and end with the process.
+    Connections are gloo's on a CPU and NCCL's on CUDA devices. They end with the process.
 
     >>> join()
     Processes(rank=0, size=1)
@@ -158,58 +137,89 @@ def _communication() -> Iterator[None]:
 
 
 class Averaging:
-    """Average gradients that are in place already, whatever computed them, by the reducer of torch's DDP.
+    """Sum gradients, losses and numbers of data over processes, by a flat all-reduce per device and dtype.
 
-    DDP reduces what flows through autograd. A Pyro loss calls ``backward`` itself, perhaps once per particle, and a
-    replayed recording holds its gradients ready; so they are handed to DDP as those of a function of the parameters.
-    The summed loss and the number of data travel with them, as the gradient of a parameter that is no one's.
+    In double precision on a CPU that is one all-reduce a step. The gradients may come from any backward pass, or from a
+    replayed program. Buffers, e.g. those of batch normalisation, are the first process's after each step.
+
+    Args:
+        module: has equal parameters and buffers in all processes afterwards, those of the first.
+        processes: the processes of the run, two at least.
     """
 
-    def __init__(self, pair: Pair) -> None:
-        self.module = _Handed(pair)
-        with _communication():
-            # A parameter without a gradient in every process keeps none, as in one process.
-            self.reducer = DistributedDataParallel(self.module, find_unused_parameters=True)
+    def __init__(self, module: nn.Module, processes: Processes) -> None:
+        self.is_first = processes.is_first
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.places = [(m._buffers, n) for m in module.modules() for n, b in m._buffers.items() if b is not None]
+        self.device = self.parameters[0].device
+        tensors = [*module.parameters(), *module.buffers()]
+        first = processes.from_first(lambda: [tensor.detach().cpu() for tensor in tensors])
+        # Integers travel in double precision, which is exact for them, beside the loss.
+        wide = [torch.empty_like(b, dtype=None if b.is_floating_point() else torch.float64) for b in self._buffers()]
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        # The number of data, then for each parameter how many processes have a gradient. On the CPU: they are read.
+        tally = torch.zeros(1 + len(self.parameters), dtype=torch.float64)
+        self.sum = _FlatSum([*self.parameters, *wide, loss, tally])
+        with torch.no_grad():
+            for tensor, value in zip(tensors, first, strict=True):
+                tensor.copy_(value)
 
     def __call__(self, total: float | Tensor, size: int) -> tuple[float | Tensor, float | Tensor]:
-        """Put means over processes in the place of ``p.grad``, and return those of the summed loss and the data."""
-        tally = self.module.tally
-        own = torch.stack([torch.as_tensor(value, dtype=tally.dtype, device=tally.device) for value in (total, size)])
-        with torch.enable_grad(), _communication():
-            self.reducer(own).backward()
-        assert tally.grad is not None
-        mean, tally.grad = tally.grad, None
-        if mean.device.type == "cpu":
-            return float(mean[0]), float(mean[1])
-        return mean[0], mean[1]
+        """Put sums over processes into ``p.grad``; return those of the loss and of the number of data."""
+        gradients = [p.grad for p in self.parameters]
+        buffers = self._buffers()
+        loss = torch.as_tensor(total, dtype=torch.float64, device=self.device)
+        tally = torch.tensor([size, *(gradient is not None for gradient in gradients)], dtype=torch.float64)
+        mine = buffers if self.is_first else [None] * len(buffers)
+        with torch.no_grad(), _communication():
+            *sums, total_sum, tally_sum = self.sum([*gradients, *mine, loss, tally])
+            size_sum, *counts = tally_sum.tolist()
+            for parameter, gradient, count in zip(self.parameters, sums, counts, strict=False):
+                # A parameter without a gradient in every process keeps none, as in one process.
+                parameter.grad = _laid_out(gradient, parameter) if count else None
+            for buffer, value in zip(buffers, sums[len(gradients) :], strict=True):
+                buffer.copy_(value)
+        return float(total_sum) if self.device.type == "cpu" else total_sum.clone(), size_sum
+
+    def _buffers(self) -> list[Tensor]:
+        buffers: list[Any] = [held[name] for held, name in self.places]
+        return buffers
 
 
-class _Handed(nn.Module):
-    """Return a number whose gradients are those that the pair's parameters have."""
+class _FlatSum:
+    """Sum tensors over processes: those of one device and dtype lie in one flat tensor.
 
-    def __init__(self, pair: Pair) -> None:
-        super().__init__()
-        self.pair = pair
-        device = next(pair.parameters()).device
-        # Double precision, which counts data exactly and does not round the loss.
-        self.tally = nn.Parameter(torch.zeros(2, dtype=torch.float64, device=device))
-        # DDP, told to look for parameters without a gradient, would warn where it finds none.
-        self.without_gradient = nn.Parameter(torch.zeros((), device=device))
+    Args:
+        like: tensors of the shapes, devices and dtypes to sum.
+    """
 
-    def forward(self, tally: Tensor) -> Tensor:
-        parameters = [p for p in self.pair.parameters() if p.grad is not None]
-        gradients: list[Any] = [p.grad for p in parameters]
-        for parameter in parameters:
-            parameter.grad = None
-        return _Hand.apply((tally, *gradients), self.tally, *parameters)
+    def __init__(self, like: Sequence[Tensor]) -> None:
+        groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        for i, tensor in enumerate(like):
+            groups.setdefault((tensor.device, tensor.dtype), []).append(i)
+        self.flats: list[Tensor] = []
+        found: dict[int, Tensor] = {}
+        for (device, dtype), members in groups.items():
+            sizes = [like[i].numel() for i in members]
+            self.flats.append(torch.zeros(sum(sizes), dtype=dtype, device=device))
+            for i, part in zip(members, self.flats[-1].split(sizes), strict=True):
+                found[i] = part.view(like[i].shape)
+        self.parts = [found[i] for i in range(len(like))]
+
+    def __call__(self, values: Sequence[Tensor | None]) -> list[Tensor]:
+        """Return the sums, which the next call overwrites; None stands for zeros."""
+        for part, value in zip(self.parts, values, strict=True):
+            if value is None:
+                part.zero_()
+            else:
+                part.copy_(value)
+        # All of them on their way before the first is waited for.
+        for work in [torch.distributed.all_reduce(flat, async_op=True) for flat in self.flats]:
+            work.wait()
+        return self.parts
 
 
-class _Hand(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gradients: Sequence[Tensor], *parameters: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        return gradients[0].new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, *ctx.gradients)
+def _laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """Return a gradient with the strides of its parameter, which fused optimisers ask for."""
+    same = gradient.stride() == parameter.stride()
+    return gradient if same else torch.empty_like(parameter).copy_(gradient)

@@ -1,4 +1,4 @@
-"""Files written whole or not at all."""
+"""Files that are replaced as a whole, and JSON files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ __all__ = ["read_json", "write_text", "write_whole"]
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then put it in place in one step."""
+    """Write a file through a temporary one beside it: an interrupt leaves the old file.
+
+    Args:
+        path: the file.
+        write: writes the content to a path that it is given.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{secrets.token_hex(4)}.{path.name}")
     try:
@@ -26,7 +31,7 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
+    """Write a text file; an interrupt leaves the old one."""
 
     def write(temporary: Path) -> None:
         temporary.write_text(text, encoding="utf-8")
@@ -38,7 +43,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        ValueError: when the file is absent or holds no JSON object.
+        ValueError: for an absent file, and for one without a JSON object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Draws from a generator state of their own: the caller's is left as it was."""
+"""Seeds, and draws that leave the caller's random state as it was."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ __all__ = ["derived_seed", "fresh_seed", "own_random_state", "seed_generators"]
 
 
 def derived_seed(seed: int, *stream: str | int) -> int:
-    """Return the seed of one of many streams of draws, such as a chunk's, that begin from one seed.
+    """Return the seed of a stream of draws, e.g. of one chunk of data, derived from one seed.
 
-    Streams of other names or numbers are independent of each other and of the seed's own, which sums such as
-    ``seed + 1`` are not: they are the next caller's seed.
+    Different names or numbers give independent streams. Sums such as ``seed + 1`` do not: another caller may start from
+    that seed.
+
+    Args:
+        seed: the seed of the call.
+        stream: names and numbers of the stream.
 
     >>> derived_seed(0, "chunk", 1) == derived_seed(0, "chunk", 1), derived_seed(0, "chunk", 1) == derived_seed(1)
     (True, False)
@@ -27,13 +31,17 @@ def derived_seed(seed: int, *stream: str | int) -> int:
 
 
 def fresh_seed() -> int:
-    """Return a seed from the system's entropy."""
+    """Return a random seed from the system's entropy."""
     return secrets.randbits(63)
 
 
 @contextmanager
 def own_random_state(seed: int | None, device: torch.device | None = None) -> Iterator[None]:
-    """Seed torch's generators inside, with fresh entropy for None, and put their states back afterwards.
+    """Seed torch's generators inside the block, and restore their states afterwards.
+
+    Args:
+        seed: the seed; None takes one from the system's entropy.
+        device: a CUDA device whose generator is seeded too.
 
     >>> with own_random_state(1):
     ...     a = torch.rand(3)
@@ -50,7 +58,7 @@ def own_random_state(seed: int | None, device: torch.device | None = None) -> It
 
 
 def seed_generators(seed: int, device: torch.device | None = None) -> None:
-    """Seed torch's generators of the CPU and of a CUDA device; torch.manual_seed would seed every other device too."""
+    """Seed torch's generators of the CPU and of one CUDA device; torch.manual_seed would seed all devices."""
     torch.default_generator.manual_seed(seed)
     if device is not None and device.type == "cuda":
         torch.cuda.default_generators[device.index or 0].manual_seed(seed)

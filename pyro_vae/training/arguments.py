@@ -1,20 +1,107 @@
-"""What ``fit`` accepts: devices, data and settings, refused in words before a step is taken."""
+"""Arguments of ``fit``: data, settings and the identity of a run, checked before the first step."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import TypeAlias
+from dataclasses import asdict, dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from pyro_vae.data import AnyDataSet, DataSet, GraphData
 
-__all__ = ["Data", "as_batch", "check_data", "check_settings", "fingerprint", "split"]
+__all__ = ["Data", "Identity", "Settings", "as_batch", "fingerprint", "split"]
 
 Data: TypeAlias = Tensor | Sequence[Tensor] | AnyDataSet
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Numbers that training is set by; :func:`~pyro_vae.fit` explains each of them."""
+
+    batch_size: int
+    lr: float
+    beta: float
+    warmup: int
+    clip_norm: float | None
+    num_particles: int
+    patience: int | None
+    seed: int
+    compiled: bool
+    tf32: bool
+
+    @property
+    def uses_beta(self) -> bool:
+        """Whether the divergence has another weight than 1 at any time."""
+        return self.beta != 1 or self.warmup > 0
+
+    def beta_after(self, epochs: float) -> float:
+        """Return β after this many epochs of training."""
+        return self.beta * (min(1.0, epochs / self.warmup) if self.warmup else 1.0)
+
+    def check(
+        self, train: tuple[Tensor, ...], held_out: tuple[Tensor, ...] | None, *, epochs: int, processes: int
+    ) -> None:
+        """Refuse settings that do not fit the data, or that no training could use.
+
+        Raises:
+            ValueError: naming the setting and its limits.
+        """
+        self._check_counts(len(train[0]), epochs, processes)
+        if not 0 <= self.beta < math.inf or self.warmup < 0:
+            raise ValueError(
+                f"beta is {self.beta}, warmup {self.warmup}; both must be finite, and neither may be negative"
+            )
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr is {self.lr}; it must be positive and finite")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"clip_norm is {self.clip_norm}; it must be positive, or None for no clipping")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience is {self.patience}; it must be at least 1, or None for no early stopping")
+        if self.patience is not None and held_out is None:
+            raise ValueError("patience needs validation data: pass validation=0.1, or a set of its own")
+
+    def _check_counts(self, size: int, epochs: int, processes: int) -> None:
+        if epochs < 1:
+            raise ValueError(f"epochs is {epochs}; it must be at least 1")
+        if not 1 <= self.batch_size <= size:
+            raise ValueError(f"batch_size is {self.batch_size}; there are {size} training data")
+        if self.batch_size * processes > size:
+            raise ValueError(
+                f"batch_size is {self.batch_size} in {processes} processes; there are {size} training data"
+            )
+        if self.num_particles < 1:
+            raise ValueError(f"num_particles is {self.num_particles}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Everything but the number of epochs that a resumed run must share with its beginning.
+
+    Args:
+        settings: the numbers.
+        loss, optimizer, scheduler: their names with the numbers that they began with.
+        data, validation: fingerprints of the training and the held-out data.
+        precision: the ``precision`` asked for, or the dtype of the parameters.
+        processes: the number of processes.
+    """
+
+    settings: Settings
+    loss: str
+    optimizer: str
+    scheduler: str | None
+    data: str
+    validation: str
+    precision: str
+    processes: int
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the section "fit" of a run's config.json: one flat object."""
+        named = asdict(self)
+        return {**named.pop("settings"), **named}
 
 
 def as_batch(data: Data) -> tuple[Tensor, ...]:
@@ -27,10 +114,10 @@ def as_batch(data: Data) -> tuple[Tensor, ...]:
 def split(
     data: tuple[Tensor, ...], validation: Data | float | None, seed: int
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]:
-    """Return training and held-out data; a share of the data is drawn by the seed.
+    """Return training and held-out data; the seed draws a held-out share.
 
     Raises:
-        ValueError: for a share that is not between 0 and 1.
+        ValueError: for a share that is not between 0 and 1, or leaves no training data.
     """
     if validation is None:
         return data, None
@@ -40,65 +127,16 @@ def split(
         raise ValueError(f"validation is {validation}; as a share of the data it must lie between 0 and 1")
     order = torch.randperm(len(data[0]), generator=torch.Generator().manual_seed(seed))
     held = max(1, round(validation * len(order)))
+    if held == len(order):
+        raise ValueError(f"data holds no data beside the {held} held out: validation is {validation}, give less")
     return tuple(t[order[held:]] for t in data), tuple(t[order[:held]] for t in data)
 
 
 def fingerprint(batch: tuple[Tensor, ...] | None) -> str:
-    """Return the number of data and a hash of their bytes, by which a resumed run knows them."""
+    """Return the number of data and a hash of their bytes; a resumed run must have the same."""
     if batch is None:
         return "none"
     digest = hashlib.sha256()
     for tensor in batch:
         digest.update(tensor.detach().cpu().contiguous().numpy().data)
     return f"{len(batch[0])} data, sha256 {digest.hexdigest()[:16]}"
-
-
-def check_data(
-    train: tuple[Tensor, ...],
-    *,
-    batch_size: int,
-    epochs: int,
-    num_particles: int,
-    processes: int = 1,
-) -> None:
-    """Refuse counts that do not fit the data.
-
-    Raises:
-        ValueError: naming the argument, what is wrong and how to mend it.
-    """
-    if epochs < 1:
-        raise ValueError(f"epochs is {epochs}; it must be at least 1")
-    if not 1 <= batch_size <= len(train[0]):
-        raise ValueError(f"batch_size is {batch_size}; there are {len(train[0])} training data")
-    if batch_size * processes > len(train[0]):
-        raise ValueError(
-            f"batch_size is {batch_size} in {processes} processes; there are {len(train[0])} training data"
-        )
-    if num_particles < 1:
-        raise ValueError(f"num_particles is {num_particles}; it must be at least 1")
-
-
-def check_settings(
-    held_out: tuple[Tensor, ...] | None,
-    *,
-    lr: float,
-    beta: float,
-    warmup: int,
-    clip_norm: float | None,
-    patience: int | None,
-) -> None:
-    """Refuse settings that no training could use.
-
-    Raises:
-        ValueError: naming the setting and its limits.
-    """
-    if not 0 <= beta < math.inf or warmup < 0:
-        raise ValueError(f"beta is {beta}, warmup {warmup}; both must be finite, and neither may be negative")
-    if not 0 < lr < math.inf:
-        raise ValueError(f"lr is {lr}; it must be positive and finite")
-    if clip_norm is not None and not clip_norm > 0:
-        raise ValueError(f"clip_norm is {clip_norm}; it must be positive, or None for no clipping")
-    if patience is not None and patience < 1:
-        raise ValueError(f"patience is {patience}; it must be at least 1, or None for no early stopping")
-    if patience is not None and held_out is None:
-        raise ValueError("patience needs validation data: pass validation=0.1, or a set of its own")

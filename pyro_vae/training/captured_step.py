@@ -1,14 +1,16 @@
-"""The captured step: a Pyro program is run once, its tensor operations recorded, and the recording replayed.
+"""The captured step: trace a Pyro program once, then replay its tensor operations.
 
-What is recorded is the eager step's own pass, forth and back, under Pyro's handlers, with the mean per datum, the norm
-of the gradient and its clipping; the optimiser is the caller's own. Replayed as it is, a recording draws the same noise
-and returns the same bits as the eager step; compiled, the same numbers up to rounding.
+A step through Pyro spends most of its time in Python: effect handlers, traces, sites. A captured step runs the eager
+step's forward and backward pass once, on tensors without values, and records the tensor operations, including the mean
+per datum, the norm of the gradient and its clipping. Later steps replay them and then call the optimiser. A replay
+draws the same noise and returns the same bits as the eager step; a compiled program returns the same numbers up to
+rounding.
 
-A recording holds the sizes and the Python numbers that the program saw. One is therefore made for each combination of
-input shapes, training flags and plain attributes of the pair's modules and of the loss; β is a tensor input. What no
-recording can follow is refused with a :class:`CaptureError` that names the line: Python control flow on a tensor's
-value, draws from ``random`` or NumPy, attributes and globals that the program sets. A program must not depend on other
-Python state that changes between steps; what else it does in Python, printing for one, happens at the recording only.
+A program holds the shapes and the Python numbers that the pair saw. A :class:`~pyro_vae.capture.program.Signature`
+lists them, and a step whose signature is new is captured again. β is a tensor input. A :class:`CaptureError` names the
+line that no program can follow: Python control flow on a tensor's value, draws from ``random`` or NumPy, attributes and
+globals that the pair sets. Other effects in Python, e.g. printing, happen at the capture only. Other Python state that
+the pair reads must not change during training: store it as an attribute of an ``nn.Module``, or train eagerly.
 """
 
 from __future__ import annotations
@@ -17,30 +19,32 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
 
 from pyro_vae.capture import cuda_graph
-from pyro_vae.capture.cuda_graph import GraphedStep, Layout, layout, waits_for_the_device
+from pyro_vae.capture.cuda_graph import GraphedStep, waits_for_the_device
 from pyro_vae.capture.fused_adam import update
 from pyro_vae.capture.inductor import compile_graph, keep_pages
 from pyro_vae.capture.onednn import with_faster_products
-from pyro_vae.capture.python_state import name_of, plain_attributes, swapped, unchanged
-from pyro_vae.capture.tracer import CaptureError, Tape, traced
+from pyro_vae.capture.program import Layout, Program, Signature, StateChangedError, Taped, layout, record
+from pyro_vae.capture.python_state import PairState, name_of, plain_attributes
+from pyro_vae.capture.tracer import CaptureError
 from pyro_vae.objectives.loss import Loss
 from pyro_vae.pair.modes import device_of
 from pyro_vae.pair.pair import Pair
+from pyro_vae.runtime.batches import Batch, unpacked
 from pyro_vae.training import step as steps
 from pyro_vae.training.step import Average, NonFiniteLossError, Step, eager_backward, updating_step
 
 __all__ = ["captured_step"]
 
-# A program whose shapes or attributes change more often than this would spend its time, or its memory, on recordings.
-MAX_RECORDINGS = 8
-MAX_KINDS = 1000
+# More programs than this would take the time, or the memory, that they are to save.
+MAX_PROGRAMS = 8
+MAX_SIGNATURES = 1000
 
 
 def captured_step(
@@ -56,30 +60,28 @@ def captured_step(
     tell: Callable[[str], object] | None = None,
     average: Average | None = None,
 ) -> Step:
-    """Return a step that replays the pair's recorded program: the eager step's numbers without Pyro's overhead.
+    """Return a step that replays the pair's captured program: the eager step's numbers without Pyro's overhead.
 
-    A first recording takes as long as some tens of steps, compiling it far longer. Pyro's validation is off inside it.
-    On a CUDA device the whole step, optimiser included, is replayed as one CUDA graph where the optimiser is fused or
-    capturable, or plain SGD, and no gradients are averaged over processes.
+    Capturing takes as long as some tens of steps; compiling takes seconds to a minute. Pyro's validation is off in
+    captured steps. On a GPU the whole step, optimiser included, becomes one CUDA graph if the optimiser is fused or
+    capturable, or plain SGD, and if one process trains alone.
 
     Args:
         pair: the pair to train.
-        loss: any Pyro ELBO, or an objective, a function of log-terms to maximise.
-        optimizer: over the pair's parameters.
-        num_particles: draws per datum for an objective; a Pyro ELBO holds its own.
-        clip_norm: largest global norm of the gradient.
-        compiled: whether to compile recordings of the largest batches, with their matrix products through oneDNN
-            where that was timed to be faster; the numbers are then equal up to rounding. Recordings of other shapes,
-            such as a short last batch, are replayed as they are.
-        after: steps of a kind, a shape and so on, that are taken eagerly before that kind is recorded.
-        strict: whether to raise where the program cannot be recorded; else steps are eager, with one warning.
-        tell: is called with a line of text before and after what takes seconds, which is compiling, and where steps on
-            a CUDA device cannot become a CUDA graph.
-        average: averages gradients over processes.
+        loss: any Pyro ELBO, or an objective, i.e. a function of log-terms to maximise.
+        optimizer: a torch optimiser over the pair's parameters.
+        num_particles: draws per datum for an objective; a Pyro ELBO has an argument of that name.
+        clip_norm: largest global norm of the gradient; None for no clipping.
+        compiled: whether to compile the programs of the largest batches, and to run their matmuls by oneDNN where that
+            was timed to be faster. Programs of other shapes, e.g. of a short last batch, are replayed uncompiled.
+        after: number of steps of a signature that run eagerly before it is captured.
+        strict: whether to raise if the pair cannot be captured; otherwise steps are eager, with one warning.
+        tell: is called with a line of text before and after compiling, and where steps on a GPU cannot become a CUDA
+            graph.
+        average: combines the gradients of several processes.
 
     Returns:
-        A step that raises :class:`~pyro_vae.svi.NonFiniteLossError` as the eager one does, and :class:`CaptureError`
-        when ``strict``.
+        A :class:`~pyro_vae.training.step.Step`, which raises :class:`CaptureError` if ``strict``.
 
     >>> import torch, pyro_vae as pv
     >>> pair = pv.models.LinearGaussianVAE(3, 1)
@@ -89,184 +91,192 @@ def captured_step(
     >>> losses[-1] < losses[0]
     True
     """
-    options, device = _Options(num_particles, clip_norm, compiled, after, strict, tell), device_of(pair)
-    if average is None and device.type not in steps.READ_LATER:
-        return _CapturedStep(pair, loss, optimizer, options)
-    # Averages come between the pass and its norm; and on other devices reading loss and norm would wait for them.
-    alone = _CapturedStep(pair, loss, optimizer, options._replace(whole=False))
-    step = updating_step(alone.backward, optimizer, clip_norm, average)
+    device = device_of(pair)
+    # Sums over processes come between the backward pass and the norm. On a GPU reading loss and norm would synchronise.
+    whole = average is None and device.type not in steps.READ_LATER
+    options = _Options(num_particles, clip_norm, compiled, after, strict, whole, tell)
+    captured = _CapturedStep(pair, loss, optimizer, options)
+    if whole:
+        return captured
+    step = updating_step(captured.backward, optimizer, clip_norm, average)
     if average is not None or device.type not in cuda_graph.DEVICES:
         return step
-    return GraphedStep(alone, step, optimizer, cuda_graph.DEVICES[device.type](device), tell)
+    return GraphedStep(captured, step, optimizer, cuda_graph.DEVICES[device.type](device), tell)
 
 
-class _Options(NamedTuple):
-    """What :func:`captured_step` was asked for."""
+@dataclass(frozen=True)
+class _Options:
+    """Arguments of :func:`captured_step`.
+
+    ``whole``: whether the mean per datum, the norm and the clipping are captured with the passes.
+    """
 
     num_particles: int
     clip_norm: float | None
     compiled: bool
     after: int
     strict: bool
-    tell: Callable[[str], object] | None = None
-    # Whether the mean per datum, its norm and its clipping are recorded with the pass.
-    whole: bool = True
+    whole: bool
+    tell: Callable[[str], object] | None
 
 
-class _Recording(NamedTuple):
-    """A graph from (parameters, buffers, batch, β where it is used) to (loss, norm, gradients, replaced buffers).
+@dataclass(frozen=True)
+class _Captured:
+    """A captured forward and backward pass.
 
-    The loss is the batch's sum, gradient and norm are those of the mean per datum; a pass alone has no norm, and the
-    gradient of the sum.
+    Args:
+        program: from the batch, and β if it is weighted, to loss, norm and gradients. The loss is the batch's sum.
+            Norm and gradients are those of the mean per datum; without the captured mean there is no norm, and the
+            gradients are those of the sum.
+        trained: the parameters that have a gradient.
+        obstacle: why the program cannot be part of a CUDA graph, or None.
     """
 
-    run: Callable[..., Any]
+    program: Program
     trained: list[nn.Parameter]
-    replaced: list[int]
-    uses_beta: bool
-    # Why it cannot be part of a CUDA graph.
     obstacle: str | None
 
 
 class _CapturedStep:
-    """Take a step by replaying a recording of the eager one up to its optimiser."""
+    """Replay the eager step up to its optimiser; capture it where its signature is new."""
 
-    def __init__(
-        self,
-        pair: Pair,
-        loss: Loss,
-        optimizer: torch.optim.Optimizer,
-        options: _Options,
-    ) -> None:
+    def __init__(self, pair: Pair, loss: Loss, optimizer: torch.optim.Optimizer, options: _Options) -> None:
         self.pair, self.loss, self.optimizer, self.options = pair, loss, optimizer, options
         self.eager_backward = eager_backward(pair, loss, options.num_particles)
         self.eager_step = updating_step(self.eager_backward, optimizer, options.clip_norm)
         self.optimised = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        self.parameters = list(pair.parameters())
-        floating = [p for p in self.parameters if p.is_floating_point()]
+        self.state = PairState(pair)
+        floating = [p for p in self.state.parameters if p.is_floating_point()]
         like = floating[0] if floating else torch.empty(())
         self.beta = torch.ones((), dtype=like.dtype, device=like.device)
-        # Read at every step, so that a buffer assigned anew between two steps is seen.
-        self.buffers = [(m._buffers, n) for m in pair.modules() for n, b in m._buffers.items() if b is not None]
         self.watched: list[tuple[Callable[[Any], Any], Mapping[str, Any], list[str]]] | None = None
-        self.recordings: dict[Any, _Recording] = {}
-        self.seen: Counter[Any] = Counter()
         self.sizes: list[int] = []
+        self.found: dict[Signature, _Captured] = {}
+        self.seen: Counter[Signature] = Counter()
         # The largest batch compiled so far: a short one may come first.
         self.largest = 0
         self.compiled = options.compiled
-        self.gave_up = False
-        self.lazy = True
+        # Why this pair trains by eager steps, and whether a warning has said so.
+        self.refusal: CaptureError | None = None
+        self.warned = False
+        # Whether layers may still initialise themselves at their first batch.
+        self.initialising = True
 
-    def __call__(self, *batch: Tensor, beta: float = 1.0) -> float:
-        recording = self._found(batch, beta, self.eager_step)
-        if not isinstance(recording, _Recording):
-            return recording
-        total, norm, gradients = self._replay(recording, batch, beta)
+    def __call__(self, *batch: Tensor | Batch, beta: float = 1.0) -> float:
+        tensors = unpacked(batch)
+        captured = self._captured(tensors, beta)
+        if captured is None:
+            loss: Any = self.eager_step(*tensors, beta=beta)
+            self._warn()
+            return loss
+        total, norm, *gradients = self._replay(captured, tensors, beta)
         loss, size = float(total), float(norm)
         if not math.isfinite(loss):
             raise NonFiniteLossError(f"the loss is {loss}")
         if not math.isfinite(size):
             raise NonFiniteLossError(f"the loss is {loss}, the norm of its gradient {size}")
-        update(self.optimizer, recording.trained, gradients)
-        return loss / len(batch[0])
+        update(self.optimizer, captured.trained, gradients)
+        return loss / len(tensors[0])
 
     def backward(self, *batch: Tensor, beta: float | Tensor = 1.0) -> Any:
-        """Leave the gradients of the batch's summed loss in ``p.grad`` and return that loss.
+        """Put the gradients of the batch's summed loss into ``p.grad``, and return that loss.
 
-        A tensor β is one that a recording reads, and the value it has by then counts.
+        A CUDA graph passes β as a tensor, and fills it before each replay.
         """
-        recording = self._found(batch, beta, self.eager_backward)
-        if not isinstance(recording, _Recording):
-            return recording
-        total, _, gradients = self._replay(recording, batch, beta)
-        for parameter, gradient in zip(recording.trained, gradients, strict=True):
+        captured = self._captured(batch, beta)
+        if captured is None:
+            loss = self.eager_backward(*batch, beta=beta)  # type: ignore[arg-type]
+            self._warn()
+            return loss
+        total, _, *gradients = self._replay(captured, batch, beta)
+        for parameter, gradient in zip(captured.trained, gradients, strict=True):
             parameter.grad = gradient
         return total
 
-    def kind(self, shapes: Layout, beta: float | Tensor) -> Any:
-        """Return what tells the recordings apart: whether β is 1, shapes, attributes, and what is trained."""
-        is_one = not isinstance(beta, Tensor) and beta == 1.0
-        return is_one, shapes, self._state(), tuple([p.requires_grad for p in self.parameters])
+    def signature(self, batch: Layout, beta: float | Tensor) -> Signature:
+        """Return the signature of a step on a batch of this layout."""
+        weighted = isinstance(beta, Tensor) or beta != 1.0
+        return Signature(batch, self._attributes(), tuple([p.requires_grad for p in self.state.parameters]), weighted)
 
-    def obstacle(self, kind: Any) -> str | None:
-        """Return why a recording cannot be part of a CUDA graph; "" while there is none, None where it can."""
-        found = self.recordings.get(kind)
-        return "" if found is None else found.obstacle
+    def has_program(self, signature: Signature) -> bool:
+        """Tell whether steps of this signature are captured already."""
+        return signature in self.found
+
+    def obstacle(self, signature: Signature) -> str | None:
+        """Return why the program of a signature cannot be part of a CUDA graph; None if it can."""
+        return self.found[signature].obstacle
 
     def tensors(self) -> list[Tensor]:
-        """Return the parameters and the buffers, as they are now."""
-        buffers: list[Any] = [held[name] for held, name in self.buffers]
-        return [*self.parameters, *buffers]
+        """Return the parameters, and the buffers as they are now."""
+        return self.state.tensors()
 
-    def _found(self, batch: tuple[Tensor, ...], beta: float | Tensor, eager: Callable[..., Any]) -> Any:
-        """Return the recording to replay, or what the eager function gives where there is none."""
-        if not self.gave_up:
-            try:
-                found = self._recording(batch, beta)
-            except CaptureError as reason:
-                if self.options.strict:
-                    raise
-                self.gave_up = True
-                # A mistake in the program raises here, in its own words and without a warning before it.
-                loss = eager(*batch, beta=beta)
-                warnings.warn(f"this pair trains by eager steps, which are slower: {reason}", stacklevel=3)
-                return loss
-            if found is not None:
-                return found
-        return eager(*batch, beta=beta)
+    def _replay(self, captured: _Captured, batch: tuple[Tensor, ...], beta: float | Tensor) -> Any:
+        return captured.program.replay(self.state.tensors(), self._inputs(batch, beta))
 
-    def _replay(
-        self, recording: _Recording, batch: tuple[Tensor, ...], beta: float | Tensor
-    ) -> tuple[Any, Any, list[Any]]:
-        state = self.tensors()
-        inputs, buffers = [*state, *batch], state[len(self.parameters) :]
-        if recording.uses_beta:
-            inputs.append(beta if isinstance(beta, Tensor) else self.beta.fill_(beta))
-        trained = len(recording.trained)
-        with torch.no_grad():
-            total, norm, *rest = recording.run(*inputs)
-            for i, value in zip(recording.replaced, rest[trained:], strict=True):
-                buffers[i].copy_(value)
-        return total, norm, rest[:trained]
+    def _inputs(self, batch: tuple[Tensor, ...], beta: float | Tensor) -> tuple[Tensor, ...]:
+        """Return a program's inputs: the batch, and β unless it is 1."""
+        if isinstance(beta, Tensor):
+            return (*batch, beta)
+        return batch if beta == 1.0 else (*batch, self.beta.fill_(beta))
 
-    def _recording(self, batch: tuple[Tensor, ...], beta: float | Tensor) -> _Recording | None:
-        """Return the recording for these inputs; None where the step is to be eager instead."""
-        key = self.kind(layout(batch), beta)
-        if (found := self.recordings.get(key)) is not None:
+    def _warn(self) -> None:
+        """Warn, once, that steps are eager. The eager step has run by then: a mistake in the pair was raised there."""
+        if self.refusal is not None and not self.warned:
+            self.warned = True
+            warnings.warn(f"this pair trains by eager steps, which are slower: {self.refusal}", stacklevel=3)
+
+    def _captured(self, batch: tuple[Tensor, ...], beta: float | Tensor) -> _Captured | None:
+        """Return the program for a step, captured now if need be; None where the step is to be eager."""
+        if self.refusal is not None:
+            return None
+        signature = self.signature(layout(batch), beta)
+        if (found := self.found.get(signature)) is not None:
             return found
-        self.seen[key] += 1
-        if len(self.recordings) >= MAX_RECORDINGS or len(self.seen) > MAX_KINDS:
-            raise CaptureError(f"{self._what_changes()}: each change needs a recording of its own")
-        if self.seen[key] <= self.options.after:
+        try:
+            return self._new(signature, batch, self._inputs(batch, beta))
+        except CaptureError as reason:
+            if self.options.strict:
+                raise
+            self.refusal = reason
+            return None
+
+    def _new(self, signature: Signature, batch: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> _Captured | None:
+        """Capture the steps of a signature; None where this one is to be eager."""
+        self.seen[signature] += 1
+        if len(self.found) >= MAX_PROGRAMS or len(self.seen) > MAX_SIGNATURES:
+            raise CaptureError(f"{self._reason_for_many()}: each change needs a recording of its own")
+        if self.seen[signature] <= self.options.after:
             return None
         compiled = self.compiled and len(batch[0]) >= self.largest
         keep_pages()
-        with unchanged(self.pair, self.loss) as changed:
-            recording = self._record(batch, uses_beta=not key[0], exact=not compiled or not self.options.whole)
-        if changed:
-            if not self.lazy:
-                raise CaptureError(
-                    f"the program sets {changed[0]}, which a replay would not: make it a buffer of the pair"
-                )
+        try:
+            captured = self._record(signature, inputs, len(batch[0]), exact=not compiled or not self.options.whole)
+        except StateChangedError:
+            if not self.initialising:
+                raise
             # Layers that initialise themselves from their first batch, and ELBOs that count their plates, do it now.
-            self.lazy, self.watched = False, None
+            self.initialising, self.watched = False, None
             return None
+        except CaptureError as error:
+            whose = f"{name_of(self.loss)} of {type(self.pair).__name__}"
+            raise CaptureError(f"{whose} is not recorded: {error}") from error
         if compiled:
             self.largest = len(batch[0])
-            inputs = self._inputs(batch, uses_beta=not key[0])
-            assert isinstance(recording.run, GraphModule)
-            graph = with_faster_products(recording.run, inputs)
-            recording = recording._replace(run=(run := compile_graph(graph, inputs, self.options.tell)) or graph)
-            self.compiled = run is not None
-        if isinstance(recording.run, GraphModule):
-            recording = recording._replace(run=recording.run.forward)
-        self.recordings[key] = recording
-        return recording
+            captured = self._compiled(captured, inputs)
+        self.found[signature] = captured
+        return captured
 
-    def _state(self) -> tuple[Any, ...]:
-        """Return the numbers, flags and names that the program may read."""
-        # A name that comes new may hide a class's default, one that goes may uncover it.
+    def _compiled(self, captured: _Captured, inputs: tuple[Tensor, ...]) -> _Captured:
+        given = [tensor.detach() for tensor in (*self.state.tensors(), *inputs)]
+        graph = with_faster_products(captured.program.graph, given)
+        run = compile_graph(graph, given, self.options.tell)
+        # Without a compiler, further programs need not try.
+        self.compiled = run is not None
+        return replace(captured, program=replace(captured.program, graph=graph, run=run or graph.forward))
+
+    def _attributes(self) -> tuple[Any, ...]:
+        """Return the numbers, flags and names that the pair and the loss may read."""
+        # A new name may hide a class's default; a deleted one may uncover it.
         if self.watched is None or self.sizes != [len(held) for _, held, _ in self.watched]:
             self.watched = plain_attributes(self.pair, self.loss)
             self.sizes = [len(held) for _, held, _ in self.watched]
@@ -275,54 +285,40 @@ class _CapturedStep:
         except KeyError:
             # One name came while another went.
             self.watched = None
-            return self._state()
+            return self._attributes()
 
-    def _inputs(self, batch: tuple[Tensor, ...], *, uses_beta: bool) -> list[Tensor]:
-        return [tensor.detach() for tensor in (*self.tensors(), *batch, *([self.beta] if uses_beta else []))]
-
-    def _record(self, batch: tuple[Tensor, ...], *, uses_beta: bool, exact: bool) -> _Recording:
-        """Run the eager pass once on tensors without values, and return its operations."""
-        trained = [i for i, p in enumerate(self.parameters) if p.requires_grad and id(p) in self.optimised]
+    def _record(self, signature: Signature, inputs: tuple[Tensor, ...], size: int, *, exact: bool) -> _Captured:
+        """Capture the eager pass on a batch of ``size`` data; ``exact`` rounds as the eager step does."""
+        parameters = self.state.parameters
+        trained = [i for i, p in enumerate(parameters) if p.requires_grad and id(p) in self.optimised]
         with_gradient: list[nn.Parameter] = []
-        replaced: list[int] = []
-        parameters, buffers, size = len(self.parameters), len(self.buffers), len(batch[0])
 
-        def program(*inputs: Tensor) -> tuple[Tensor, ...]:
-            with torch.enable_grad():
-                leaves = [t.detach().requires_grad_(i in trained) for i, t in enumerate(inputs[:parameters])]
-                rest = list(inputs[parameters:])
-                beta: Any = rest.pop() if uses_beta else 1.0
-                state = {id(t): new for t, new in zip(self.tensors(), [*leaves, *rest[:buffers]], strict=True)}
-                # A division of its own passes over all gradients once more, but rounds as the eager step's does.
-                tape = Tape([leaves[i] for i in trained], seed=None if exact else 1 / size)
-                with tape, swapped(self.pair, state):
-                    total: Any = self.eager_backward(*rest[buffers:], beta=beta)
-                    after: list[Any] = [held[name] for held, name in self.buffers]
-            taken = {_storage(t) for t in (*inputs, *leaves)}
-            for i, gradient in zip(trained, tape.gradients, strict=True):
+        def passes(*given: Any) -> Any:
+            *batch, beta = given if signature.weighted else (*given, 1.0)
+            return self.eager_backward(*batch, beta=beta)
+
+        def outputs(taped: Taped) -> list[Tensor]:
+            taken = {_storage(tensor) for tensor in taped.given}
+            for i, leaf, gradient in zip(trained, taped.leaves, taped.gradients, strict=True):
                 if gradient is not None:
-                    with_gradient.append(self.parameters[i])
-                    leaves[i].grad = _owned(gradient, leaves[i], taken)
-            used = [leaf for leaf in leaves if leaf.grad is not None]
-            norm, gradients = _mean(used, size if exact else 1, options.clip_norm) if options.whole else _sum(used)
-            replaced.extend(i for i in range(buffers) if after[i] is not rest[i])
-            return (torch.as_tensor(total), norm, *gradients, *(after[i].detach() for i in replaced))
+                    with_gradient.append(parameters[i])
+                    leaf.grad = _owned(gradient, leaf, taken)
+            used = [leaf for leaf in taped.leaves if leaf.grad is not None]
+            # Dividing passes over all gradients once more than scaling, but rounds as the eager step does.
+            norm, gradients = _mean(used, size if exact else 1, self.options.clip_norm) if whole else _sum(used)
+            return [torch.as_tensor(taped.value), norm, *gradients]
 
-        options = self.options
-        try:
-            graph = traced(program, self._inputs(batch, uses_beta=uses_beta))
-        except CaptureError as error:
-            whose = f"{name_of(self.loss)} of {type(self.pair).__name__}"
-            raise CaptureError(f"{whose} is not recorded: {error}") from error
-        return _Recording(graph, with_gradient, replaced, uses_beta, waits_for_the_device(graph, self.beta.device))
+        whole, scale = self.options.whole, None if exact else 1 / size
+        program = record(passes, self.state, inputs, watched=self.loss, trained=trained, scale=scale, outputs=outputs)
+        return _Captured(program, with_gradient, waits_for_the_device(program.graph, self.beta.device))
 
-    def _what_changes(self) -> str:
-        _, shapes, states, _ = (list(dict.fromkeys(part)) for part in zip(*self.seen, strict=True))
+    def _reason_for_many(self) -> str:
+        """Say which fact changes so often that there are many signatures."""
         for i, (_, _, names) in enumerate(self.watched or []):
             for j, name in enumerate(names):
-                if len({state[i][j] for state in states}) > 1:
+                if len({signature.attributes[i][j] for signature in self.seen}) > 1:
                     return f"attribute '{name}' takes many values (make it a buffer)"
-        return f"the batches have {len(shapes)} shapes"
+        return f"the batches have {len({signature.batch for signature in self.seen})} shapes"
 
 
 def _sum(leaves: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -331,7 +327,7 @@ def _sum(leaves: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
 
 
 def _mean(leaves: list[Tensor], size: int, clip_norm: float | None) -> tuple[Tensor, list[Tensor]]:
-    """Return the norm of the mean gradient and that gradient, clipped, by the operations of the eager step."""
+    """Return the norm of the mean gradient, and that gradient, clipped; the operations are those of the eager step."""
     _, gradients = _sum(leaves)
     if size != 1:
         torch._foreach_div_(gradients, size)
@@ -346,7 +342,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _owned(gradient: Tensor, leaf: Tensor, taken: set[int]) -> Tensor:
-    """Return a gradient laid out as its parameter in memory of its own, since it will be divided in place."""
+    """Return a gradient laid out like its parameter, in memory that nothing else shares: it is divided in place."""
     if gradient.stride() != leaf.stride() or _storage(gradient) in taken:
         gradient = torch.empty_like(leaf).copy_(gradient)
     taken.add(_storage(gradient))

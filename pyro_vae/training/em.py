@@ -21,8 +21,8 @@ __all__ = ["ExpectationMaximisation", "HasExactSteps", "em"]
 class HasExactSteps(Protocol):
     """A pair that knows its posterior and maximises over its parameters in closed form.
 
-    ``e_step`` returns the posterior q = p(z | x) at the pair's parameters; ``elbo`` the bound of any such q, (B,), in
-    nats; ``m_step`` sets the parameters to those that maximise Σ_b ELBO_b at this q.
+    ``e_step`` returns the posterior q = p(z | x) at the current parameters. ``elbo`` returns the bound of any such q,
+    (B,), in nats. ``m_step`` sets the parameters that maximise Σ_b ELBO_b at this q.
     """
 
     def e_step(self, x: Tensor) -> Any: ...
@@ -33,11 +33,11 @@ class HasExactSteps(Protocol):
 
 
 class ExpectationMaximisation(NamedTuple):
-    """The trained pair and what each step did, nats as mean over data.
+    """The trained pair and the ELBO after each step, in nats per datum.
 
-    ``after_e`` are the ELBOs after every E-step, which are log p(x) there; ``after_m`` those after the M-step that
-    followed, with the posterior held: after_e[i] ≤ after_m[i] ≤ after_e[i + 1]. ``seconds`` is the time passed since
-    the start at each of ``after_e``. There is one E-step more than there are M-steps.
+    ``after_e`` are the ELBOs after the E-steps, where they equal log p(x). ``after_m`` are those after the M-steps, at
+    the same posterior: after_e[i] ≤ after_m[i] ≤ after_e[i + 1]. There is one E-step more than there are M-steps.
+    ``seconds`` is the time since the start, for each of ``after_e``.
     """
 
     pair: Pair
@@ -53,13 +53,14 @@ def em(pair: Pair, x: Tensor, *, steps: int = 200, tolerance: float = 1e-7) -> E
     E-step  q ← p(z | x; θ), which closes the gap: ELBO(q, θ) = log p(x; θ)
     M-step  θ ← argmax_θ Σ_b ELBO_b(q, θ)
 
-    Neither lowers Σ_b ELBO_b(q, θ), so that the log-likelihood never falls. The pair is trained in place.
+    Neither step lowers Σ_b ELBO_b(q, θ): the log-likelihood never falls. The pair is trained in place.
 
     Args:
         pair: a pair with the methods of :class:`HasExactSteps`: ``LinearGaussianVAE``, ``GaussianMixture``.
         x: all data, (N, …).
-        steps: M-steps at most.
-        tolerance: gain in mean log p(x) per step below which the ascent has converged, in nats; 0 takes every step.
+        steps: largest number of M-steps.
+        tolerance: the ascent has converged once a step gains less than this in mean log p(x), in nats; 0 takes every
+            step.
 
     Returns:
         :class:`ExpectationMaximisation`.
@@ -79,7 +80,7 @@ def em(pair: Pair, x: Tensor, *, steps: int = 200, tolerance: float = 1e-7) -> E
     if not isinstance(pair, HasExactSteps):
         raise ValueError(
             f"{type(pair).__name__} has no exact steps: give it the methods e_step, elbo and m_step (see "
-            "pyro_vae.em.HasExactSteps), or train it with pv.fit"
+            "pyro_vae.training.em.HasExactSteps), or train it with pv.fit"
         )
     if steps < 1:
         raise ValueError(f"steps is {steps}; it must be at least 1")
@@ -92,7 +93,7 @@ def em(pair: Pair, x: Tensor, *, steps: int = 200, tolerance: float = 1e-7) -> E
     seconds: list[float] = []
     converged = False
     start = time.perf_counter()
-    # A collapse is told below, in words of its own.
+    # No validation: a collapse raises below, with a clearer message.
     with torch.no_grad(), pyro.validation_enabled(False):
         while True:
             q = pair.e_step(x)

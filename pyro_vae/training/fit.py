@@ -1,4 +1,4 @@
-"""``fit``: epochs, data, devices, checkpoints and records around a training step."""
+"""``fit``: train a pair."""
 
 from __future__ import annotations
 
@@ -22,29 +22,31 @@ from pyro_vae.runtime.batches import Batches
 from pyro_vae.runtime.device import resolve_device
 from pyro_vae.runtime.distributed import Averaging, LostProcessError, Processes, join
 from pyro_vae.runtime.random_state import own_random_state
-from pyro_vae.training.arguments import Data, as_batch, check_data, check_settings, fingerprint, split
+from pyro_vae.training.arguments import Data, Identity, Settings, as_batch, fingerprint, split
 from pyro_vae.training.captured_step import captured_step
 from pyro_vae.training.precision import Precision, check_precision, to_precision
+from pyro_vae.training.run_folder import RunFolder
 from pyro_vae.training.step import Step, eager_step
-from pyro_vae.training.trainer import Settings, Trainer
+from pyro_vae.training.trainer import NonFiniteBatchError, Trainer
 
 __all__ = ["Run", "fit"]
 
+Capture = Literal["auto"] | bool
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 MakeScheduler = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
-# Recording a program takes about as long as this many small steps: runs that take fewer of a kind do not record it.
+# Capturing a program takes about as long as this many small steps: "auto" waits until a kind of step has come as often.
 STEPS_BEFORE_CAPTURE = 50
-# One for the progress bar and for the lines above it.
+# One console for the progress bar and for the lines above it.
 console = Console(stderr=True)
-# The attributes of an ELBO that say what is maximised.
+# Attributes of an ELBO that decide which loss it is.
 NUMBERS_OF_A_LOSS = ("alpha", "beta", "gamma", "data_size", "num_particles", "self_links")
 
 
 class Run(NamedTuple):
-    """What :func:`fit` leaves: the trained pair, one record per epoch, and where the files are.
+    """The result of :func:`fit`: the trained pair, one record per epoch, and the run folder.
 
-    Each record holds ``epoch``, ``seconds``, ``loss`` (training), ``validation_loss`` (−ELBO), ``beta``, ``lr``,
-    ``terms`` (each site's share of −ELBO) and ``monitor`` (γ and the like); losses are in nats per datum.
+    A record holds ``epoch``, ``seconds``, ``loss`` (training), ``validation_loss`` (−ELBO), ``beta``, ``lr``,
+    ``terms`` (each site's share of −ELBO) and ``monitor`` (e.g. γ of a scale). Losses are in nats per datum.
     """
 
     pair: Pair
@@ -81,56 +83,67 @@ def fit(
 ) -> Run:
     """Train a pair by stochastic variational inference.
 
-    The optimiser sees the mean loss per datum of each batch. The caller's random state is left as it was.
+    Each step minimises the mean loss per datum of one batch:
 
-    Under ``torchrun``, or another launcher for torch, each process calls this with all of the data, and takes its share
-    of batches of ``batch_size`` times the number of processes; a short last batch is shared out too. Gradients are
-    averaged over data, the pair comes out equal everywhere, and the first process keeps the run folder.
+    −(1/B) Σ_b ELBO_b,      ELBO_b = E_q(z | x_b) [log p(x_b | z) + β (log p(z) − log q(z | x_b))]
+
+    Validation data are scored by −ELBO. The caller's random state does not change.
+
+    Under ``torchrun`` every process calls ``fit`` with all of the data. Each takes its share of batches of
+    ``batch_size`` × number of processes, and gradients are averaged over the whole batch. The trained pair is the same
+    in every process; the first one writes the run folder.
 
     Args:
-        pair: any pair; it is trained in place and left on the device.
-        data: ``x`` (N, …), a tuple of ``x`` and the pair's conditions, each with N rows, or a data set of
-            :mod:`pyro_vae.data`, for its training images. They move to a CUDA device where they take at most half of
-            its free memory, and are streamed to it in the same batches where they take more.
-        epochs: passes over the data, those of a resumed run included.
-        batch_size: data per step and process; the last batch of an epoch may be shorter.
-        loss: any Pyro ELBO (``Trace_ELBO()`` by default), or an objective to maximise, such as
-            :func:`~pyro_vae.objectives.iwae`.
-        num_particles: draws per datum for an objective; a Pyro ELBO holds its own.
+        pair: the pair, which is trained in place and stays on the device.
+        data: ``x`` (N, …), a tuple of ``x`` and the pair's conditions, N rows each, or a data set of
+            :mod:`pyro_vae.data`, whose training images are taken. Data are copied to the GPU if they fit in half of its
+            free memory, and streamed batch by batch otherwise.
+        epochs: passes over the data; a resumed run counts those already done.
+        batch_size: data per step and process. The last batch of an epoch may be shorter.
+        loss: a Pyro ELBO (``Trace_ELBO()`` by default), which is minimised, or an objective such as
+            :func:`~pyro_vae.objectives.iwae`, which is maximised.
+        num_particles: draws of z per datum for an objective. Give it to a Pyro ELBO instead where ``loss`` is one, e.g.
+            ``Trace_ELBO(num_particles=5)``.
         validation: held-out data, or the share of ``data`` to hold out.
-        optimizer: makes a torch optimiser from the parameters; torch's fused Adam with ``lr`` by default.
-        scheduler: makes one of torch's learning-rate schedulers from the optimiser. It takes a step after each epoch,
-            by the validation loss if it is a ``ReduceLROnPlateau``. A resumed run is held to the same one, but for
-            functions that it was given.
-        beta: weight of the divergence terms.
+        optimizer: a function from the parameters to a torch optimiser; fused Adam with ``lr`` by default.
+        lr: learning rate of the default optimiser.
+        scheduler: a function from the optimiser to a scheduler of ``torch.optim.lr_scheduler``. It takes a step after
+            each epoch; a ``ReduceLROnPlateau`` follows the validation loss.
+        beta: β, the weight of the divergence of a Pyro ELBO. An objective takes its weight itself, e.g.
+            :func:`~pyro_vae.objectives.beta_elbo`.
         warmup: epochs over which β rises linearly from 0 to ``beta``.
         clip_norm: largest global norm of the gradient.
-        patience: epochs without a better validation loss after which training stops and the best parameters return.
-        capture: whether steps replay a recording of the pair's program, which gives the same bits as Pyro's eager step
-            in less time. "auto" records when that pays, and warns, once, of what it cannot record and trains eagerly;
-            True records from the start and raises instead; False is eager. On a CUDA device the recorded step becomes
-            one CUDA graph, if the optimiser is fused or capturable.
-        compiled: whether to compile the recording, which takes a while, pays in long runs and needs a C++ compiler. A
-            resumed run then equals an unbroken one up to rounding.
-        precision: "float32" and "float64" convert pair and data, None takes them as they are; "bf16-mixed" keeps
-            parameters, densities and sums in float32 and runs the pair's networks, its outermost modules that hold
-            parameters and return tensors, under torch's autocast to bfloat16 while training.
-        tf32: whether a CUDA device may round the operands of float32 products to TF32 while training.
-        seed: of the shuffling and of every draw.
-        device: "cpu", "cuda", or "auto" for CUDA where there is one.
-        run_dir: folder for configuration, metrics and checkpoints; None keeps no file.
-        resume: continue the run in ``run_dir``, bit for bit as if it had never stopped (on CPU).
-        config: what else ``config.json`` should hold.
+        patience: epochs without a better validation loss after which training stops. The best parameters are then
+            restored.
+        capture: "auto", True or False. A captured step traces the first steps and replays the recorded tensor
+            operations: bitwise the results of Pyro's eager step, and faster. "auto" captures steps that come often, and
+            falls back to eager steps, with one warning, if the pair cannot be captured; True raises instead; False is
+            always eager. If your model reads a Python value that changes during training, store it as an attribute of
+            an ``nn.Module``, or use False. On a GPU the step becomes one CUDA graph, if the optimiser is fused or
+            capturable.
+        compiled: whether to compile the captured step. It takes seconds to a minute, pays in long runs and needs a C++
+            compiler. Results are then equal up to rounding.
+        precision: "float32" or "float64" convert pair and data; None leaves them as they are. "bf16-mixed" runs the
+            pair's networks under torch's autocast to bfloat16 while training; parameters, densities and sums stay in
+            float32. Evaluation always runs in full precision.
+        tf32: whether a GPU may round the operands of float32 matmuls to TF32 while training.
+        seed: seed of the shuffling and of every draw.
+        device: "cpu", "cuda", or "auto" for a GPU if there is one.
+        run_dir: folder for configuration, metrics and checkpoints; None saves nothing.
+        resume: whether to resume the run in ``run_dir``. On a CPU the result is bitwise that of an unbroken run.
+        config: further entries of ``config.json``.
         progress: whether to draw a progress bar.
 
     Returns:
         :class:`Run`.
 
     Raises:
-        ValueError: for bad data or settings, before any step is taken; for a loss that is not finite, with the site
-            named, the batch kept and the last good checkpoint intact. On a CUDA device it is noticed when losses are
-            read back, at the end of the epoch at the latest.
-        LostProcessError: when another process of the run has ended.
+        ValueError: for bad data or settings, before the first step; for a loss that is not finite, naming the site. The
+            batch is then saved, and the last checkpoint is intact. A GPU notices at the end of the epoch at the latest.
+        LostProcessError: if another process of the run has ended.
+
+    Reference:
+        Kingma and Welling (2014), Auto-encoding variational Bayes, ICLR.
 
     >>> import torch, pyro_vae as pv
     >>> pair = pv.models.LinearGaussianVAE(3, 1)
@@ -139,32 +152,39 @@ def fit(
     [1, 2]
     """
     loss = Trace_ELBO() if loss is None else loss
+    _check_capture(capture, compiled)
     processes, target = _place(device, precision, tf32)
     train, held_out, inspection = _data(pair, data, validation, precision, seed)
-    kept: dict[str, Any] = {"batch_size": batch_size, "num_particles": num_particles, "lr": lr, "clip_norm": clip_norm}
-    kept |= {"beta": beta, "warmup": warmup, "patience": patience, "seed": seed, "compiled": compiled, "tf32": tf32}
-    _check(inspection, loss, train, held_out, epochs, processes.size, kept)
+    settings = Settings(batch_size, lr, beta, warmup, clip_norm, num_particles, patience, seed, compiled, tf32)
+    settings.check(train, held_out, epochs=epochs, processes=processes.size)
+    check_loss(inspection, loss, train, num_particles=num_particles, uses_beta=settings.uses_beta)
     update = _optimizer(optimizer, list(pair.to(target).parameters()), lr)
     schedule = None if scheduler is None else _schedule(scheduler, update, held_out is not None)
-    named: dict[str, Any] = {
-        "loss": _described(loss),
-        "optimizer": _described(update),
-        "scheduler": _described_schedule(schedule),
-    }
-    named |= {"data": fingerprint(train), "validation": fingerprint(held_out), "precision": precision or _dtype(pair)}
-    settings = Settings(**kept, **named, processes=processes.size)
-    processes.check_same((settings.data, settings.validation))
+    identity = _identity(settings, loss, update, schedule, (train, held_out), precision or _dtype(pair), processes)
     in_bfloat16 = list(inspection.networks) if precision == "bf16-mixed" else []
-    trainer = Trainer(pair, update, schedule, Batches(train, target), held_out, settings, processes, in_bfloat16)
-    trainer.weighs_divergence = loss is elbo or isinstance(loss, WEIGHED)
+    weighed = loss is elbo or isinstance(loss, WEIGHED)
+    batches, folder = Batches(train, target), RunFolder(None if run_dir is None else Path(run_dir), processes)
+    trainer = Trainer(pair, update, schedule, batches, held_out, settings, processes, in_bfloat16, weighed)
     shows = progress and processes.is_first
-    steps = _steps(pair, loss, update, settings, capture, console.print if shows else None)
-    _train(trainer, steps, epochs, shows, run_dir, resume, config or {})
-    return Run(pair, trainer.metrics, trainer.folder)
+    steps = _steps(trainer, loss, capture, console.print if shows else None)
+    with own_random_state(processes.seed(seed), trainer.device):
+        state = folder.open(trainer.state(), identity, {"epochs": epochs, **(config or {})}, resume=resume)
+        if state is not None:
+            trainer.restore(state)
+        _train(trainer, steps, folder, epochs, shows)
+    pair.eval()
+    return Run(pair, trainer.metrics, folder.path)
+
+
+def _check_capture(capture: Capture, compiled: bool) -> None:
+    if capture not in ("auto", True, False):
+        raise ValueError(f"capture is {capture!r}; it must be 'auto', True or False")
+    if compiled and capture is False:
+        raise ValueError("compiled asks for the recording of a run with capture=False: leave one of them out")
 
 
 def _place(device: str | torch.device, precision: Precision | None, tf32: bool) -> tuple[Processes, torch.device]:
-    """Return the processes of the run, joined, and this one's device."""
+    """Return the processes of the run, joined, and the device of this one."""
     target = resolve_device(device)
     check_precision(precision, tf32, target)
     processes = join(target)
@@ -178,7 +198,7 @@ def _dtype(pair: Pair) -> str:
 def _data(
     pair: Pair, data: Data, validation: Data | float | None, precision: Precision | None, seed: int
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None, Inspection]:
-    """Return training and held-out data in the run's precision, to which the pair is converted, and its facts."""
+    """Convert pair and data to the run's precision; return training data, held-out data and the pair's inspection."""
     batch = _converted(as_batch(data), precision)
     to_precision(pair, precision)
     if not any(parameter.requires_grad for parameter in pair.parameters()):
@@ -190,51 +210,37 @@ def _data(
     return (*split(batch, validation, seed), inspection)
 
 
-def _check(
-    inspection: Inspection,
-    loss: Loss,
-    train: tuple[Tensor, ...],
-    held_out: tuple[Tensor, ...] | None,
-    epochs: int,
-    processes: int,
-    kept: dict[str, Any],
-) -> None:
-    """Refuse bad data and settings before anything is trained or written."""
-    counts = {name: kept[name] for name in ("batch_size", "num_particles")}
-    check_data(train, **counts, epochs=epochs, processes=processes)
-    check_settings(held_out, **{name: kept[name] for name in ("lr", "beta", "warmup", "clip_norm", "patience")})
-    uses_beta = kept["beta"] != 1 or kept["warmup"] > 0
-    check_loss(inspection, loss, train, num_particles=kept["num_particles"], uses_beta=uses_beta)
-
-
-def _train(
-    trainer: Trainer,
-    steps: tuple[Step, Step],
-    epochs: int,
-    progress: bool,
-    run_dir: str | Path | None,
-    resume: bool,
-    config: dict[str, Any],
-) -> None:
-    """Begin the run or take it up, and leave the pair trained."""
-    with own_random_state(trainer.processes.seed(trainer.settings.seed), trainer.device):
-        if run_dir is not None:
-            trainer.open_folder(Path(run_dir), resume, {"epochs": epochs, **config})
-        elif resume:
-            raise ValueError("resume needs run_dir, the folder of the run to continue")
-        _epochs(trainer, steps, epochs, progress)
-    if trainer.settings.patience is not None:
-        trainer.restore_best()
-    trainer.pair.eval()
-
-
 def _converted(batch: tuple[Any, ...], precision: Precision | None) -> tuple[Any, ...]:
     return tuple(to_precision(each, precision) if isinstance(each, Tensor) else each for each in batch)
 
 
+def _identity(
+    settings: Settings,
+    loss: Loss,
+    update: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler | None,
+    data: tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None],
+    precision: str,
+    processes: Processes,
+) -> Identity:
+    """Return everything that a resumed run must share, and refuse processes that were given different data."""
+    train, held_out = map(fingerprint, data)
+    processes.check_same((train, held_out))
+    return Identity(
+        settings,
+        loss=_described(loss),
+        optimizer=_described(update),
+        scheduler=_described_schedule(schedule),
+        data=train,
+        validation=held_out,
+        precision=precision,
+        processes=processes.size,
+    )
+
+
 def _optimizer(make: MakeOptimizer | None, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
     if make is None:
-        # One pass over parameters and moments in place of a dozen.
+        # Fused: one pass over parameters and moments instead of a dozen.
         return torch.optim.Adam(parameters, lr=lr, fused=True)
     if not callable(make):
         raise ValueError(
@@ -263,7 +269,7 @@ def _schedule(
 
 
 def _described_schedule(schedule: torch.optim.lr_scheduler.LRScheduler | None) -> str | None:
-    """Return a schedule's name with the numbers that it began with, and so its parts; functions have none."""
+    """Return a scheduler's name with its first numbers, and those of its parts; functions have none."""
     if schedule is None:
         return None
     state = schedule.state_dict()
@@ -273,66 +279,73 @@ def _described_schedule(schedule: torch.optim.lr_scheduler.LRScheduler | None) -
 
 
 def _described(thing: object) -> str:
-    """Return a loss's or an optimiser's name with the numbers that a resumed run is held to."""
+    """Return the name of a loss or an optimiser with the numbers that a resumed run must share."""
     if isinstance(thing, torch.optim.Optimizer):
         numbers = {name: value for name, value in thing.defaults.items() if isinstance(value, (int, float, tuple))}
     elif isinstance(thing, pyro.infer.ELBO):
-        # The rest of an ELBO's attributes says how its value is computed, and some change as it runs.
+        # Other attributes say how the value is computed, and some change during training.
         numbers = {name: value for name, value in vars(thing).items() if name in NUMBERS_OF_A_LOSS}
     else:
         return getattr(thing, "__name__", type(thing).__name__)
     return f"{type(thing).__name__}({', '.join(f'{name}={value}' for name, value in sorted(numbers.items()))})"
 
 
-def _steps(
-    pair: Pair,
-    loss: Loss,
-    optimizer: torch.optim.Optimizer,
-    settings: Settings,
-    capture: Literal["auto"] | bool,
-    tell: Callable[[str], object] | None,
-) -> tuple[Step, Step]:
-    """Return the step of a run's first batch, which Pyro validates and so is eager, and that of the others."""
-    if capture not in ("auto", True, False):
-        raise ValueError(f"capture is {capture!r}; it must be 'auto', True or False")
-    if settings.compiled and capture is False:
-        raise ValueError("compiled asks for the recording of a run with capture=False: leave one of them out")
-    average = Averaging(pair) if settings.processes > 1 else None
-    options: Any = {"num_particles": settings.num_particles, "clip_norm": settings.clip_norm, "average": average}
-    eager = eager_step(pair, loss, optimizer, **options)
+def _steps(trainer: Trainer, loss: Loss, capture: Capture, tell: Callable[[str], object] | None) -> tuple[Step, Step]:
+    """Return the step of a run's first batch, which Pyro validates and so is eager, and that of all other batches."""
+    pair, optimizer, settings = trainer.pair, trainer.optimizer, trainer.settings
+    average = Averaging(pair, trainer.processes) if trainer.processes.size > 1 else None
+    particles, clip_norm = settings.num_particles, settings.clip_norm
+    eager = eager_step(pair, loss, optimizer, num_particles=particles, clip_norm=clip_norm, average=average)
     if capture is False:
         return eager, eager
-    # A compiled recording rounds otherwise than the eager step: a resumed run must begin it where the first did.
-    after = 0 if capture is True or settings.compiled else STEPS_BEFORE_CAPTURE
-    options |= {"compiled": settings.compiled, "after": after, "strict": capture is True, "tell": tell}
-    return eager, captured_step(pair, loss, optimizer, **options)
+    captured = captured_step(
+        pair,
+        loss,
+        optimizer,
+        num_particles=particles,
+        clip_norm=clip_norm,
+        compiled=settings.compiled,
+        # A compiled program rounds otherwise than the eager step: a resumed run must begin it at the same step.
+        after=0 if capture is True or settings.compiled else STEPS_BEFORE_CAPTURE,
+        strict=capture is True,
+        tell=tell,
+        average=average,
+    )
+    return eager, captured
 
 
-def _epochs(trainer: Trainer, steps: tuple[Step, Step], epochs: int, progress: bool) -> None:
+def _train(trainer: Trainer, steps: tuple[Step, Step], folder: RunFolder, epochs: int, progress: bool) -> None:
+    """Run epochs and save each; however they end, leave a folder that can be resumed."""
     columns = (*rich.progress.Progress.get_default_columns()[:-1], rich.progress.TimeElapsedColumn())
     with rich.progress.Progress(*columns, disable=not progress, console=console) as bar:
         task = bar.add_task("training", total=epochs, completed=trainer.epoch)
         try:
             while trainer.epoch < epochs and not trainer.out_of_patience():
                 record = trainer.run_epoch(*steps)
+                folder.save(trainer.state)
                 shown = record["validation_loss"] if record["validation_loss"] is not None else record["loss"]
                 bar.update(task, completed=trainer.epoch, description=f"epoch {trainer.epoch}: {shown:.3f} nats")
-            trainer.flush()
+            folder.flush()
+            if trainer.restore_best():
+                folder.save_best(trainer.pair)
         except KeyboardInterrupt as interrupt:
-            _flush(trainer)
-            interrupt.add_note(trainer.how_to_resume())
+            _flush(folder)
+            interrupt.add_note(folder.how_to_resume(trainer.epoch))
             raise
         except LostProcessError as error:
-            _flush(trainer)
-            raise LostProcessError(f"{error}; {trainer.how_to_resume()}") from error
+            _flush(folder)
+            raise LostProcessError(f"{error}; {folder.how_to_resume(trainer.epoch)}") from error
+        except NonFiniteBatchError as error:
+            saved = folder.save_failed_batch(error.rows, trainer.epoch)
+            raise NonFiniteBatchError(error.epoch, error.sites, error.rows, saved) from error.__cause__
         except Exception:
-            _flush(trainer)
+            _flush(folder)
             raise
 
 
-def _flush(trainer: Trainer) -> None:
-    # When a process is lost, torchrun ends the others, perhaps just now: an interrupt is met by a second attempt.
+def _flush(folder: RunFolder) -> None:
+    # A lost process makes torchrun end the others, perhaps just now: an interrupt gets a second attempt.
     for _ in range(2):
         with suppress(KeyboardInterrupt):
-            trainer.flush()
+            folder.flush()
             return

@@ -1,4 +1,4 @@
-"""The precision of training: of parameters, of densities, and of the products inside networks."""
+"""Precision of training: of parameters, of densities, and of matmuls inside networks."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch.utils._pytree import tree_map_only
 __all__ = ["Precision", "check_precision", "float32_products", "mixed", "to_precision"]
 
 Precision: TypeAlias = Literal["float32", "float64", "bf16-mixed"]
-# What parameters, densities and sums are kept in.
+# The dtype of parameters, densities and sums.
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16-mixed": torch.float32}
 Thing = TypeVar("Thing", nn.Module, Tensor)
 
 
 def check_precision(precision: Precision | None, tf32: bool, device: torch.device) -> None:
-    """Refuse an unknown precision, and TF32 where there is none.
+    """Refuse an unknown precision, and TF32 on a device or in a precision without it.
 
     Raises:
         ValueError: naming the argument and what it may be.
@@ -48,10 +48,14 @@ def to_precision(thing: Thing, precision: Precision | None) -> Thing:
 
 @contextmanager
 def mixed(modules: list[nn.Module], device: torch.device) -> Iterator[None]:
-    """Run networks under torch's autocast to bfloat16, and give what they return in float32.
+    """Run networks under torch's autocast to bfloat16, and convert their results to float32.
 
-    Products and convolutions inside a network take and give bfloat16; parameters and their gradients, what lies between
-    networks, densities and sums stay float32.
+    Matmuls and convolutions inside a network take and return bfloat16. Parameters, gradients, tensors between networks,
+    densities and sums stay in float32.
+
+    Args:
+        modules: the networks.
+        device: the device that they run on.
     """
     before = [vars(module).get("forward") for module in modules]
     try:
@@ -68,7 +72,7 @@ def mixed(modules: list[nn.Module], device: torch.device) -> Iterator[None]:
 def _autocast(forward: Callable[..., Any], device_type: str) -> Callable[..., Any]:
     @wraps(forward)
     def autocast(*args: Any, **kwargs: Any) -> Any:
-        # Without the cache of rounded weights, which a recording must not find filled by another run.
+        # No cache of rounded weights: a capture must not find weights that another run has rounded.
         with torch.autocast(device_type, torch.bfloat16, cache_enabled=False):
             output = forward(*args, **kwargs)
         return tree_map_only(Tensor, _widened, output)
@@ -82,7 +86,7 @@ def _widened(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def float32_products(device: torch.device, tf32: bool) -> Iterator[None]:
-    """Round the operands of float32 products and convolutions on a CUDA device to TF32, or do not."""
+    """Decide whether a GPU rounds the operands of float32 matmuls and convolutions to TF32."""
     if device.type != "cuda":
         yield
         return

@@ -1,33 +1,194 @@
-"""Files written whole or not at all, and read without executing anything in them."""
+"""The folder of a run: its configuration, its metrics and its checkpoint."""
 
 from __future__ import annotations
 
+import json
+import platform
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyro
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
+from pyro_vae._version import __version__
 from pyro_vae.pair.pair import Pair
-from pyro_vae.runtime.files import write_whole
+from pyro_vae.runtime.distributed import Processes
+from pyro_vae.runtime.files import read_json, write_text, write_whole
+from pyro_vae.training.arguments import Identity
 
-__all__ = ["load_parameters", "load_state", "restore", "save_parameters", "save_state"]
+__all__ = ["RunFolder", "load_parameters", "load_state", "save_parameters", "save_state", "save_tensors"]
+
+# Saving may take this share of a run's time. Epochs in between are held in memory, and saved if the run breaks off.
+SHARE_OF_SAVING = 0.05
 
 
-def save_parameters(pair: Pair, path: Path, values: dict[str, Tensor] | None = None) -> None:
-    """Write a pair's parameters and buffers, or other values of them, as safetensors that name the model."""
-    values = pair.state_dict() if values is None else values
+class RunFolder:
+    """Save a run, and resume it.
+
+    Only the first process reads and writes files. Each file is replaced as a whole: an interrupt never leaves half of
+    one. States are those of :meth:`~pyro_vae.training.trainer.Trainer.state`.
+
+    Args:
+        path: the folder; without one nothing is saved.
+        processes: the processes of the run.
+    """
+
+    def __init__(self, path: Path | None, processes: Processes) -> None:
+        self.path, self.processes = path, processes
+        # The epoch that the checkpoint holds.
+        self.saved = 0
+        self._unsaved: dict[str, Any] | None = None
+        self._next_save = 0.0
+
+    def open(
+        self, state: dict[str, Any], identity: Identity, config: dict[str, Any], *, resume: bool
+    ) -> dict[str, Any] | None:
+        """Begin a run, or return the state to resume from, the same in every process.
+
+        Args:
+            state: the state of a run before its first epoch.
+            identity: must be equal to that of the run to resume.
+            config: other entries of config.json; "epochs" is one of them.
+            resume: whether the folder holds a run to go on with.
+
+        Raises:
+            ValueError: for a folder that holds a run already; to resume: for a folder without one, other settings, a
+                damaged checkpoint, parameters of other shapes, fewer epochs than are done.
+        """
+        if self.path is None:
+            if resume:
+                raise ValueError("resume needs run_dir, the folder of the run to continue")
+            return None
+        if resume:
+            return self.processes.from_first(lambda: self._resume(state, identity, config))
+        return self.processes.from_first(lambda: self._begin(state, identity, config))
+
+    def save(self, state: Callable[[], dict[str, Any]]) -> None:
+        """Save an epoch's state; shortly after the last save, hold a copy of it instead."""
+        if self.path is None or not self.processes.is_first:
+            return
+        if time.perf_counter() >= self._next_save:
+            self._write(state())
+        else:
+            self._unsaved = tree_map_only(Tensor, torch.clone, state())
+
+    def flush(self) -> None:
+        """Save the state that is held in memory, if any."""
+        if self._unsaved is not None:
+            self._write(self._unsaved)
+
+    def save_best(self, pair: Pair) -> None:
+        """Save the parameters that training ends with."""
+        if self.path is not None and self.processes.is_first:
+            save_parameters(pair, self.path / "checkpoint" / "pair.safetensors")
+
+    def save_failed_batch(self, rows: list[Tensor], epoch: int) -> str:
+        """Save a batch whose loss is not finite, and what is held; return where they are, as a part of a sentence."""
+        if self.path is None:
+            return ""
+        path = self.path / "non_finite_batch.pt"
+        if self.processes.is_first:
+            save_state({"batch": rows}, path)
+        self.flush()
+        return f"; the batch is in {path}, the checkpoint is that of epoch {epoch}"
+
+    def how_to_resume(self, epoch: int) -> str:
+        """Say where a run was interrupted after ``epoch`` epochs, and how to resume it."""
+        if self.path is None:
+            return f"interrupted in epoch {epoch + 1}"
+        begun, held = (
+            (f"epoch {self.saved + 1}", f"epoch {self.saved}")
+            if self.processes.is_first
+            else (f"epoch {epoch + 1}", "its last checkpoint")
+        )
+        return (
+            f"interrupted in {begun}; {self.path} holds {held}: continue it by the same "
+            "call with resume=True (the same command with --resume)"
+        )
+
+    def _begin(self, state: dict[str, Any], identity: Identity, config: dict[str, Any]) -> None:
+        assert self.path is not None
+        if (self.path / "config.json").exists():
+            raise ValueError(
+                f"{self.path} already holds a run: choose another folder, or continue it (resume, --resume)"
+            )
+        # The checkpoint first: a folder with a config.json counts as a run.
+        self._write(state)
+        self._write_config({}, state["model"], identity, config)
+
+    def _resume(self, state: dict[str, Any], identity: Identity, config: dict[str, Any]) -> dict[str, Any]:
+        assert self.path is not None
+        before = read_json(self.path / "config.json")
+        self._check_same(before, state["model"], identity, config)
+        saved = load_state(self.path / "checkpoint" / "state.pt", state["model"])
+        if config["epochs"] < saved["epoch"]:
+            raise ValueError(f"{self.path} holds a run of {saved['epoch']} epochs: ask for as many at least (--epochs)")
+        _check_shapes(state["pair"], saved["pair"], state["model"], self.path)
+        self._write_config(before, state["model"], identity, config)
+        # An interrupt may have left metrics.jsonl an epoch behind the checkpoint.
+        self._write(saved)
+        return saved
+
+    def _write_config(self, before: dict[str, Any], model: str, identity: Identity, config: dict[str, Any]) -> None:
+        assert self.path is not None
+        versions = {"pyro_vae": __version__, "torch": torch.__version__, "pyro": pyro.__version__}
+        versions["python"] = platform.python_version()
+        entries = {**before, "pair": model, "fit": identity.as_json(), "versions": versions, **config}
+        write_text(self.path / "config.json", json.dumps(entries, indent=2) + "\n")
+
+    def _check_same(self, before: dict[str, Any], model: str, identity: Identity, config: dict[str, Any]) -> None:
+        # Through JSON and back, like the saved ones.
+        now, config = json.loads(json.dumps(identity.as_json())), json.loads(json.dumps(config))
+        held = before.get("fit", {})
+        # Numbers are shown; the descriptions of data and optimiser are too long.
+        changed = [
+            k if isinstance(value, str) else f"{k} ({held.get(k)}, now {value})"
+            for k, value in now.items()
+            if held.get(k) != value
+        ]
+        changed += [k for k, value in config.items() if k != "epochs" and before.get(k, value) != value]
+        if before.get("pair") != model:
+            raise ValueError(f"{self.path} holds a run of {before.get('pair')}, not of {model}")
+        if changed:
+            raise ValueError(f"{self.path} was begun with other settings: {', '.join(changed)}; only epochs may change")
+
+    def _write(self, state: dict[str, Any]) -> None:
+        """Write the checkpoint and the records of the epochs so far."""
+        assert self.path is not None
+        start = time.perf_counter()
+        # An interrupt between the files leaves the rest to flush().
+        self._unsaved = state
+        save_state(state, self.path / "checkpoint" / "state.pt")
+        self.saved = state["epoch"]
+        save_tensors(state["pair"], state["model"], self.path / "checkpoint" / "pair.safetensors")
+        write_text(self.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in state["metrics"]))
+        self._unsaved = None
+        end = time.perf_counter()
+        self._next_save = end + (end - start) * (1 / SHARE_OF_SAVING - 1)
+
+
+def save_parameters(pair: Pair, path: Path) -> None:
+    """Write a pair's parameters and buffers as safetensors that name the model."""
+    save_tensors(pair.state_dict(), type(pair).__name__, path)
+
+
+def save_tensors(values: dict[str, Tensor], model: str, path: Path) -> None:
+    """Write a state dictionary as safetensors that name the model."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in values.items()}
-    metadata = {"format": "pyro_vae", "model": type(pair).__name__}
+    metadata = {"format": "pyro_vae", "model": model}
     write_whole(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata))
 
 
 def load_parameters(pair: Pair, path: Path) -> None:
-    """Load what :func:`save_parameters` wrote into a pair of the same model.
+    """Load a file of :func:`save_parameters` into a pair of the same model.
 
     Raises:
-        ValueError: for an absent, damaged or foreign file, one of another model, one of other shapes; the pair is
+        ValueError: for an absent, damaged or foreign file, and for one of another model or other shapes. The pair is
             then unchanged.
     """
     if not path.is_file():
@@ -42,29 +203,24 @@ def load_parameters(pair: Pair, path: Path) -> None:
         raise ValueError(f"{path} was not written by pyro_vae")
     if metadata.get("model") != type(pair).__name__:
         raise ValueError(f"{path} is a checkpoint of {metadata.get('model')}, not of {type(pair).__name__}")
-    restore(pair, tensors, path)
-
-
-def restore(pair: Pair, tensors: dict[str, Tensor], path: Path) -> None:
-    """Put parameters and buffers into a pair, all or none.
-
-    Raises:
-        ValueError: when names or shapes are not the pair's.
-    """
-    own = pair.state_dict()
-    shapes, theirs = ({name: tensor.shape for name, tensor in state.items()} for state in (own, tensors))
-    if wrong := sorted(name for name in shapes | theirs if shapes.get(name) != theirs.get(name)):
-        raise ValueError(f"{path} holds a {type(pair).__name__} of other shapes or parts: {', '.join(wrong[:5])}")
+    _check_shapes(pair.state_dict(), tensors, type(pair).__name__, path)
     pair.load_state_dict(tensors)
 
 
+def _check_shapes(own: dict[str, Tensor], theirs: dict[str, Tensor], model: str, path: Path) -> None:
+    """Refuse parameters and buffers whose names or shapes are not the pair's."""
+    shapes, others = ({name: tensor.shape for name, tensor in state.items()} for state in (own, theirs))
+    if wrong := sorted(name for name in shapes | others if shapes.get(name) != others.get(name)):
+        raise ValueError(f"{path} holds a {model} of other shapes or parts: {', '.join(wrong[:5])}")
+
+
 def save_state(state: dict[str, Any], path: Path) -> None:
-    """Write everything a resumed run needs: tensors, numbers and strings only."""
+    """Write a state: tensors, numbers and strings only."""
     write_whole(path, lambda temporary: torch.save({"format": "pyro_vae", **state}, temporary))
 
 
 def load_state(path: Path, model: str) -> dict[str, Any]:
-    """Read what :func:`save_state` wrote, without unpickling code.
+    """Read a file of :func:`save_state`, without unpickling code.
 
     Raises:
         ValueError: for an absent, damaged or foreign file, and for one of another model.
@@ -73,7 +229,7 @@ def load_state(path: Path, model: str) -> dict[str, Any]:
         raise ValueError(f"{path} does not exist: there is nothing to resume")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for many kinds of damage
+    except Exception as error:  # torch raises a different error for each kind of damage
         raise ValueError(f"{path} is damaged, or no checkpoint ({type(error).__name__})") from error
     if not isinstance(state, dict) or state.get("format") != "pyro_vae":
         raise ValueError(f"{path} was not written by pyro_vae")

@@ -18,6 +18,7 @@ import pyro_vae as pv
 from pyro_vae.capture import cuda_graph as cuda_graphs
 from pyro_vae.capture.cuda_graph import WARM_UPS, GraphedStep
 from pyro_vae.models import VAE
+from pyro_vae.runtime.batches import Rows
 from pyro_vae.training.captured_step import captured_step
 from tests.support.capture_cases import CASES, batches, binary, small_vae
 from tests.support.taken_down import RATE, StandIn, assert_graphed_is_not, assert_same, fused_adam, sgd, taken
@@ -88,7 +89,7 @@ def test_rows_are_gathered_in_the_graph() -> None:
     step, data = captured_step(pair, Trace_ELBO(), optimizer), (x,)
     assert isinstance(step, GraphedStep)
     torch.manual_seed(0)
-    losses = [float(step.on_rows(data, parts[i % 7])) for i in range(21)]
+    losses = [float(step(Rows(data, parts[i % 7]))) for i in range(21)]
     assert losses == theirs[0]
     assert all(torch.equal(value, theirs[1][name]) for name, value in pair.state_dict().items())
     assert len(device.graphs) == 1

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_vae.capture import onednn as products
-from pyro_vae.capture.onednn import through_onednn, with_faster_products
+from pyro_vae.capture.onednn import matmul_operator, through_onednn, with_faster_products
 
-ONEDNN = torch.ops.pyro_vae.product.default
 onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs torch built with oneDNN")
 
 
@@ -37,12 +40,20 @@ def test_products_are_the_same() -> None:
     other = through_onednn(graph)
     assert other is not None
     # Neither a matrix added to the product nor a scaled bias is a linear layer.
-    assert len(other.graph.find_nodes(op="call_function", target=ONEDNN)) == 3
+    assert len(other.graph.find_nodes(op="call_function", target=matmul_operator())) == 3
     torch.manual_seed(0)
     expected = graph(*arguments)
     torch.manual_seed(0)
     # Sums of five products in float32.
     torch.testing.assert_close(other(*arguments), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_operator_is_registered_at_its_first_use() -> None:
+    code = (
+        "import torch, pyro_vae; from pyro_vae.capture.onednn import matmul_operator as op; "
+        "assert not hasattr(torch.ops.pyro_vae, 'matmul'); assert op() is op() is torch.ops.pyro_vae.matmul.default"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 
 @onednn
@@ -52,7 +63,7 @@ def test_small_products_stay_with_torch(monkeypatch: pytest.MonkeyPatch) -> None
     for fewest, sent in ((60, 3), (61, 0)):
         monkeypatch.setattr(products, "FEWEST_MULTIPLICATIONS", fewest)
         other = through_onednn(graph)
-        found = [] if other is None else other.graph.find_nodes(op="call_function", target=ONEDNN)
+        found = [] if other is None else other.graph.find_nodes(op="call_function", target=matmul_operator())
         assert len(found) == sent
 
 

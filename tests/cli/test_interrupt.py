@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ import torch
 
 import pyro_vae as pv
 from pyro_vae.cli.runs import load_run
-from pyro_vae.training import trainer
+from pyro_vae.training import run_folder, trainer
 from pyro_vae.training.run_folder import load_state
 
 TRAIN = (sys.executable, "-m", "pyro_vae", "train", "vae", "--data", "digits", "--run-dir", "run")
@@ -98,13 +99,17 @@ def after(calls: int, function: Any) -> Any:
     return wrapped
 
 
-@pytest.mark.parametrize("where", ["save_state", "save_parameters", "write_text", "site_terms"])
+@pytest.mark.parametrize(
+    ("module", "where"),
+    [(run_folder, "save_state"), (run_folder, "save_tensors"), (run_folder, "write_text"), (trainer, "site_terms")],
+    ids=["save_state", "save_tensors", "write_text", "site_terms"],
+)
 def test_the_message_names_the_epoch_that_the_folder_holds(
-    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    module: ModuleType, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Every epoch is written, so that the fifth call is in a later one, while it is being followed or saved.
-    monkeypatch.setattr("pyro_vae.training.trainer.SHARE_OF_SAVING", 1.0)
-    monkeypatch.setattr(f"pyro_vae.training.trainer.{where}", after(4, getattr(trainer, where)))
+    monkeypatch.setattr(run_folder, "SHARE_OF_SAVING", 1.0)
+    monkeypatch.setattr(module, where, after(4, getattr(module, where)))
     message = interrupted_fit(tmp_path / "run")
     held = load_state(tmp_path / "run" / "checkpoint" / "state.pt", "LinearGaussianVAE")["epoch"]
     assert f"run holds epoch {held}:" in message

@@ -119,6 +119,51 @@ def test_a_resumed_run_keeps_its_configuration(tmp_path: Path) -> None:
     assert (config["epochs"], config.get("data")) == (5, "made up")
 
 
+# The names in config.json's section "fit" and in state.pt as version 0.1.0 wrote them.
+FIT_OF_0_1_0 = [
+    "batch_size",
+    "lr",
+    "beta",
+    "warmup",
+    "clip_norm",
+    "num_particles",
+    "patience",
+    "seed",
+    "loss",
+    "optimizer",
+    "scheduler",
+    "compiled",
+    "data",
+    "validation",
+    "precision",
+    "tf32",
+    "processes",
+]
+STATE_OF_0_1_0 = ["format", "model", "pair", "optimizer", "scheduler", "epoch", "metrics", "best", "rng", "cuda_rng"]
+
+
+def test_a_folder_of_version_0_1_0_is_resumed(tmp_path: Path) -> None:
+    start = vae()
+    whole, first, second = (copy.deepcopy(start) for _ in range(3))
+    unbroken = fit(whole, data(), epochs=4, warmup=3)
+    fit(first, data(), epochs=2, warmup=3, run_dir=tmp_path)
+    config = read_json(tmp_path / "config.json")
+    assert sorted(config["fit"]) == sorted(FIT_OF_0_1_0)
+    assert set(config) == {"pair", "fit", "versions", "epochs"}
+    described = {"loss": "Trace_ELBO(num_particles=1)", "scheduler": None, "precision": "float64", "processes": 1}
+    described |= {"validation": "none", "clip_norm": None, "patience": None, "warmup": 3, "tf32": False}
+    assert {name: config["fit"][name] for name in described} == described
+    config["fit"] = {name: config["fit"][name] for name in FIT_OF_0_1_0}
+    config["versions"]["pyro_vae"] = "0.1.0"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    saved = torch.load(tmp_path / "checkpoint" / "state.pt", weights_only=True)
+    assert sorted(saved) == sorted(STATE_OF_0_1_0)
+    torch.save({name: saved[name] for name in STATE_OF_0_1_0}, tmp_path / "checkpoint" / "state.pt")
+    resumed = fit(second, data(), epochs=4, warmup=3, run_dir=tmp_path, resume=True)
+    assert same(state(second), state(whole))
+    assert without_time(resumed.metrics) == without_time(unbroken.metrics)
+
+
 def test_nothing_is_left_to_do(tmp_path: Path) -> None:
     pair = vae()
     run = fit(pair, data(), run_dir=tmp_path)

@@ -126,7 +126,7 @@ def count_saves(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         epochs.append(state["epoch"])
         save_state(state, path)
 
-    monkeypatch.setattr("pyro_vae.training.trainer.save_state", counted)
+    monkeypatch.setattr("pyro_vae.training.run_folder.save_state", counted)
     return epochs
 
 
@@ -134,7 +134,7 @@ def count_saves(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_saving_takes_no_more_than_its_share_of_time(
     share: float, saved: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pyro_vae.training.trainer.SHARE_OF_SAVING", share)
+    monkeypatch.setattr("pyro_vae.training.run_folder.SHARE_OF_SAVING", share)
     epochs = count_saves(monkeypatch)
     run = fit(vae(), data(), epochs=6, run_dir=tmp_path)
     assert epochs == saved
@@ -145,7 +145,7 @@ def test_saving_takes_no_more_than_its_share_of_time(
 def test_an_epoch_held_in_memory_is_written_when_a_run_breaks_off(
     error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pyro_vae.training.trainer.SHARE_OF_SAVING", 1e-9)
+    monkeypatch.setattr("pyro_vae.training.run_folder.SHARE_OF_SAVING", 1e-9)
     start = vae()
     whole, broken, rest = (copy.deepcopy(start) for _ in range(3))
     calls = iter(range(4 * 3 + 2))
