@@ -9,7 +9,7 @@ from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.site import Site
 from pyro_vae.pair.terms import LogTerms, SiteTerms
 from pyro_vae.pair.trace import PairTrace, log_terms, run_guide, run_model, site_terms, trace_pair
-from pyro_vae.pair.weights import effective_sample_size
+from pyro_vae.pair.weights import WeightSums, weight_sums
 
 __all__ = [
     "Inspection",
@@ -18,11 +18,12 @@ __all__ = [
     "PairTrace",
     "Site",
     "SiteTerms",
-    "effective_sample_size",
+    "WeightSums",
     "inspect",
     "log_terms",
     "run_guide",
     "run_model",
     "site_terms",
     "trace_pair",
+    "weight_sums",
 ]

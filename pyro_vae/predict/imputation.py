@@ -12,7 +12,7 @@ from pyro_vae.pair.modes import drawing, to_pair
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.site import Site
 from pyro_vae.pair.trace import PairTrace, run_guide, run_model, trace_pair
-from pyro_vae.pair.weights import effective_sample_size
+from pyro_vae.pair.weights import weight_sums
 from pyro_vae.predict.generate import generate
 from pyro_vae.runtime.memory import MEBIBYTE, chunk_sizes
 from pyro_vae.runtime.random_state import derived_seed, fresh_seed
@@ -107,7 +107,7 @@ def impute(
         starts = range(0, len(rows), size)
         parts = [run(tuple(tensor[i : i + size] for tensor in chains), sweeps, i) for i in starts]
     weights = torch.cat([part[1] for part in parts], 1)
-    ess = effective_sample_size(weights)
+    ess = weight_sums(weights).ess
     samples = torch.cat([part[0] for part in parts]).unflatten(0, (num_samples, len(x)))
     return Imputation(samples, ess.view(num_samples, -1).mean(0), parts[0][2])
 
