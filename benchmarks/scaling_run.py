@@ -16,6 +16,7 @@ from side_by_side import timed
 from torch import nn
 
 import pyro_vae as pv
+from pyro_vae.likelihood.shared import shared_log_likelihood
 from pyro_vae.runtime.distributed import join
 
 
@@ -62,7 +63,7 @@ def main(options: Options) -> None:
 
     def evaluate() -> None:
         # Every process returns with the values of all of them, and so ends when the last one does.
-        processes.log_likelihood(estimate, x[: options.evaluated], seed=0)
+        shared_log_likelihood(processes, estimate, x[: options.evaluated], seed=0)
 
     first, second = timed(evaluate), timed(evaluate)
     ends = [record["monitor"]["clock"] for record in run.metrics]
