@@ -1,4 +1,4 @@
-"""A progress bar on the terminal, or a caller's own function, for what takes long."""
+"""The terminal: one console for results, one for progress and errors, and the progress bar of every long call."""
 
 from __future__ import annotations
 
@@ -10,17 +10,21 @@ from typing import TypeAlias
 import rich.progress
 from rich.console import Console
 
-__all__ = ["Progress", "progress_bar"]
+__all__ = ["Progress", "console", "error_console", "progress_bar"]
 
-# Whether to draw a bar; or a function to call with what is done and what is to do, in data.
+# True draws a bar and False none; a function is called with the number of data done and their total.
 Progress: TypeAlias = bool | Callable[[int, int], None]
-# What is done within so many seconds draws no bar.
+# Calls that end within this many seconds draw no bar.
 DELAY = 1.0
+#: Standard output, for results.
+console = Console()
+#: Standard error, for progress bars and error messages.
+error_console = Console(stderr=True)
 
 
 @contextmanager
 def progress_bar(progress: Progress, description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Give a function to call with how much is done.
+    """Show progress towards ``total``, and yield a function to call with the number done.
 
     >>> with progress_bar(lambda done, total: print(f"{done} of {total}"), "counting", 2) as update:
     ...     update(1)
@@ -30,7 +34,7 @@ def progress_bar(progress: Progress, description: str, total: int) -> Iterator[C
         yield lambda done: progress(done, total)
         return
     columns = (*rich.progress.Progress.get_default_columns(), rich.progress.TimeElapsedColumn())
-    bar = rich.progress.Progress(*columns, disable=not progress, console=Console(stderr=True))
+    bar = rich.progress.Progress(*columns, disable=not progress, console=error_console)
     task, begun, drawn = bar.add_task(description, total=total), time.monotonic(), False
 
     def update(done: int) -> None:
