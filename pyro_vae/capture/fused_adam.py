@@ -1,8 +1,7 @@
 """The optimiser's step from a list of gradients, without the overhead of ``Optimizer.step``.
 
-torch gathers, groups and profiles around the kernel of fused Adam, which takes as long as the kernel of a
-small network.
-For a plain fused Adam the kernel is called directly on the optimiser's state, with the same result.
+torch gathers, groups and profiles around the kernel of fused Adam. For a small network this takes as long as the kernel
+itself. For a plain fused Adam the kernel is called directly on the optimiser's state, with the same result.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from torch import Tensor
 from pyro_vae.capture.tracer import CaptureError
 from pyro_vae.pair.pair import Pair
 
-__all__ = ["PairState", "Snapshot", "name_of", "plain_attributes", "swapped", "unchanged"]
+__all__ = ["PairState", "Snapshot", "name_of", "plain_attributes", "swapped"]
 
 # The attributes of these packages' classes do not change.
 LIBRARIES = ("abc", "builtins", "pyro", "pyro_vae", "torch", "torchvision", "typing")
@@ -171,18 +171,6 @@ def _differ(value: Any, previous: Any) -> bool:
     # Recurrent layers make new lists of their weights at each run.
     cached = type(value) is list and type(previous) is list
     return value is not previous and not cached and not (_is_plain(value) and value == previous)
-
-
-@contextmanager
-def unchanged(pair: Pair, function: Callable[..., Any]) -> Iterator[list[str]]:
-    """Restore everything that is set inside, and yield a list that then names it."""
-    snapshot = Snapshot(pair, function)
-    changed: list[str] = []
-    try:
-        yield changed
-    finally:
-        changed += snapshot.diff()
-        snapshot.restore()
 
 
 @contextmanager

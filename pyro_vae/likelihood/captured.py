@@ -18,8 +18,9 @@ from torch.fx import Graph, GraphModule, Node
 
 from pyro_vae.capture.inductor import compile_graph
 from pyro_vae.capture.onednn import through_onednn, with_faster_products
-from pyro_vae.capture.python_state import swapped, unchanged
-from pyro_vae.capture.tracer import CaptureError, Tape, traced
+from pyro_vae.capture.program import record
+from pyro_vae.capture.python_state import PairState
+from pyro_vae.capture.tracer import CaptureError
 from pyro_vae.likelihood.blocks import Blocks
 from pyro_vae.pair.pair import Pair
 from pyro_vae.runtime.memory import CPU_WORKING_SET
@@ -97,32 +98,21 @@ def captured_blocks(
 def _recorded(
     pair: Pair, log_weights: LogWeights, datum: tuple[Tensor, ...], size: int, *, compiled: bool
 ) -> Callable[[tuple[Tensor, ...]], Tensor]:
-    """Run the eager computation once on tensors without values, and return its operations."""
-    state = [*pair.parameters(), *(buffer for module in pair.modules() for buffer in module._buffers.values())]
-    held: list[Tensor] = list({id(tensor): tensor for tensor in state if tensor is not None}.values())
-
-    def program(*inputs: Tensor) -> Tensor:
-        values = inputs[: len(held)]
-        replaced = {id(tensor): value for tensor, value in zip(held, values, strict=True)}
-        with Tape([]), swapped(pair, replaced):
-            return log_weights(inputs[len(held) :], size)
-
-    # Tensors made in inference mode cannot be recorded; nothing here needs gradients.
+    """Capture the eager computation on one datum; compile its program if asked."""
+    state = PairState(pair)
+    # Tensors made in inference mode cannot be captured; nothing here needs gradients.
     with torch.inference_mode(False), torch.no_grad():
-        inputs = [tensor.detach() for tensor in held] + [tensor.clone() for tensor in datum]
-        with unchanged(pair, log_weights) as changed:
-            graph = traced(program, inputs)
-        if changed:
-            raise CaptureError(f"the program sets {changed[0]}, which a replay would not: make it a buffer of the pair")
-        run: Callable[..., Any] = graph
+        inputs = [tensor.clone() for tensor in datum]
+        program = record(lambda *values: log_weights(values, size), state, inputs, watched=log_weights)
         if compiled:
-            graph = _with_chosen_products(graph, inputs)
-            run = compile_graph(graph, inputs) or graph
+            held = [tensor.detach() for tensor in (*state.tensors(), *inputs)]
+            graph = _with_chosen_products(program.graph, held)
+            program = program.running(compile_graph(graph, held) or graph)
 
     def replay(datum: tuple[Tensor, ...]) -> Tensor:
-        with torch.inference_mode(False), torch.no_grad():
-            result = run(*held, *datum)
-        return result[0] if isinstance(result, (tuple, list)) else result
+        with torch.inference_mode(False):
+            (result,) = program.replay(state.tensors(), datum)
+        return result
 
     return replay
 

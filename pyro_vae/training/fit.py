@@ -11,7 +11,6 @@ import pyro
 import rich.progress
 import torch
 from pyro.infer import Trace_ELBO
-from rich.console import Console
 from torch import Tensor, nn
 
 from pyro_vae.objectives.bounds import elbo
@@ -21,6 +20,7 @@ from pyro_vae.pair.pair import Pair
 from pyro_vae.runtime.batches import Batches
 from pyro_vae.runtime.device import resolve_device
 from pyro_vae.runtime.distributed import Averaging, LostProcessError, Processes, join
+from pyro_vae.runtime.progress import error_console
 from pyro_vae.runtime.random_state import own_random_state
 from pyro_vae.training.arguments import Data, Identity, Settings, as_batch, fingerprint, split
 from pyro_vae.training.captured_step import captured_step
@@ -36,8 +36,6 @@ MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 MakeScheduler = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
 # Capturing a program takes about as long as this many small steps: "auto" waits until a kind of step has come as often.
 STEPS_BEFORE_CAPTURE = 50
-# One console for the progress bar and for the lines above it.
-console = Console(stderr=True)
 # Attributes of an ELBO that decide which loss it is.
 NUMBERS_OF_A_LOSS = ("alpha", "beta", "gamma", "data_size", "num_particles", "self_links")
 
@@ -166,7 +164,7 @@ def fit(
     batches, folder = Batches(train, target), RunFolder(None if run_dir is None else Path(run_dir), processes)
     trainer = Trainer(pair, update, schedule, batches, held_out, settings, processes, in_bfloat16, weighed)
     shows = progress and processes.is_first
-    steps = _steps(trainer, loss, capture, console.print if shows else None)
+    steps = _steps(trainer, loss, capture, error_console.print if shows else None)
     with own_random_state(processes.seed(seed), trainer.device):
         state = folder.open(trainer.state(), identity, {"epochs": epochs, **(config or {})}, resume=resume)
         if state is not None:
@@ -317,7 +315,7 @@ def _steps(trainer: Trainer, loss: Loss, capture: Capture, tell: Callable[[str],
 def _train(trainer: Trainer, steps: tuple[Step, Step], folder: RunFolder, epochs: int, progress: bool) -> None:
     """Run epochs and save each; however they end, leave a folder that can be resumed."""
     columns = (*rich.progress.Progress.get_default_columns()[:-1], rich.progress.TimeElapsedColumn())
-    with rich.progress.Progress(*columns, disable=not progress, console=console) as bar:
+    with rich.progress.Progress(*columns, disable=not progress, console=error_console) as bar:
         task = bar.add_task("training", total=epochs, completed=trainer.epoch)
         try:
             while trainer.epoch < epochs and not trainer.out_of_patience():
