@@ -29,6 +29,7 @@ from pyro_vae.cli.train import join_processes, train
 from pyro_vae.cli.training import Training
 from pyro_vae.likelihood.estimate import LogLikelihood, likelihood_notes
 from pyro_vae.likelihood.importance import log_likelihood
+from pyro_vae.likelihood.shared import shared_log_likelihood
 from pyro_vae.predict.generate import generate
 from pyro_vae.predict.super_resolution import super_resolve
 from pyro_vae.report.figures import image_grid, save_figure, super_resolution_grid
@@ -143,7 +144,7 @@ def _evaluate(command: Evaluate) -> None:
         run_dir=command.run,
         progress=processes.is_first,
     )
-    ll = processes.log_likelihood(estimate, x, seed=command.seed)
+    ll = shared_log_likelihood(processes, estimate, x, seed=command.seed)
     if processes.is_first:
         _report_likelihood(command.run, ll)
 

@@ -1,14 +1,14 @@
-"""Log-weights of a chunk by a recording of the pair's programs, made once per chunk shape and compiled.
+"""Log-weights of blocks from a recording of the pair's programs, one for each size of block.
 
-An importance-sampling estimate runs one small program many times over: the same networks and densities on chunks of one
-shape. Recorded and compiled, a chunk draws the same noise as Pyro's eager pass and gives the same weights up to
-rounding, without Pyro's handlers and with its element-wise operations joined, so that no log-density of a pixel is
-written to memory.
+An estimate runs one small program many times: the same networks and densities on blocks of one shape. A recording draws
+the same noise as Pyro's eager pass without Pyro's handlers, and gives the same bits. Compiled, it also joins
+element-wise operations, and gives the same numbers up to rounding.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
@@ -20,82 +20,80 @@ from pyro_vae.capture.inductor import compile_graph
 from pyro_vae.capture.onednn import through_onednn, with_faster_products
 from pyro_vae.capture.python_state import swapped, unchanged
 from pyro_vae.capture.tracer import CaptureError, Tape, traced
+from pyro_vae.likelihood.blocks import Blocks
 from pyro_vae.pair.pair import Pair
 from pyro_vae.runtime.memory import CPU_WORKING_SET
 
-__all__ = ["Capture", "LogWeights", "check_capture", "recorded_chunks"]
+__all__ = ["Capture", "LogWeights", "captured_blocks", "check_capture"]
 
-# Log-weights (k, b) of a chunk of b data and k draws.
+# Log-weights (k, 1) of one datum and k draws.
 LogWeights: TypeAlias = Callable[[tuple[Tensor, ...], int], Tensor]
 Capture: TypeAlias = Literal["auto"] | bool
-# "auto" compiles for as many full chunks as hold this much, each counted with at most a CPU's working set. They take
-# half a minute or more, compiling 5 to 15 s. No time is measured: a seeded estimate must repeat exactly.
-BYTES_BEFORE_CAPTURE = 2000 * CPU_WORKING_SET
-# Whether oneDNN's products were faster, by shapes and threads: timed once, so that an estimate repeats exactly.
+# "auto" records once this many blocks of a size are to come. Each spends 1 to 3 ms in Pyro's handlers. The first
+# recording of a process takes 1 to 3 s, mostly imports, a later one 0.2 s.
+BLOCKS_BEFORE_RECORDING = 1000
+# It compiles once the blocks' tensors hold this much. They take half a minute or more, compiling 5 to 15 s. No time is
+# measured: a seeded estimate must repeat exactly.
+BYTES_BEFORE_COMPILING = 2000 * CPU_WORKING_SET
+# Whether oneDNN's matmuls were faster, by shapes and threads: timed once, so that an estimate repeats exactly.
 _FASTER: dict[Any, bool] = {}
 
 
 def check_capture(capture: Capture) -> None:
-    """Refuse what is neither "auto" nor a flag.
+    """Refuse any other value than "auto", True and False.
 
     Raises:
-        ValueError: then.
+        ValueError: for such a value.
     """
     if capture not in ("auto", True, False):
         raise ValueError(f"capture is {capture!r}; it must be 'auto', True or False")
 
 
-def recorded_chunks(
-    pair: Pair,
-    log_weights: LogWeights,
-    batch: tuple[Tensor, ...],
-    sizes: tuple[int, int],
-    *,
-    num_particles: int,
-    memory: int,
-    capture: Capture,
+def captured_blocks(
+    pair: Pair, log_weights: LogWeights, datum: tuple[Tensor, ...], blocks: Blocks, num_data: int, capture: Capture
 ) -> LogWeights:
-    """Return a function that gives the log-weights of full chunks from a recording, those of others eagerly.
+    """Return a function that gives the log-weights of blocks from recordings where these pay, and else eagerly.
 
     Args:
         pair: the pair, in evaluation mode.
-        log_weights: the eager computation, from (chunk, k) to (k, b), a function of the chunk's values, the pair's
+        log_weights: the eager computation, from (datum, k) to (k, 1), a function of the datum's values, the pair's
             parameters and buffers, and torch's random state.
-        batch: all data and their conditions.
-        sizes: data and particles of a full chunk.
-        num_particles: K, in all.
-        memory: bytes that a chunk may take.
-        capture: whether to record; "auto" does where there is enough to compute.
+        datum: one datum and its conditions, to record with.
+        blocks: the blocks of each datum.
+        num_data: data to come.
+        capture: True always records and compiles, False never; "auto" does each where there is enough to compute.
 
     Returns:
-        A function with the signature of ``log_weights``, and its numbers up to rounding.
+        A function with the signature of ``log_weights``. It gives the same bits from an uncompiled recording, the same
+        numbers up to rounding from a compiled one.
 
     Raises:
-        CaptureError: for ``capture=True`` where the program cannot be recorded; "auto" warns and is eager.
+        CaptureError: for ``capture=True`` and a program that cannot be recorded. "auto" warns and is eager.
     """
-    data, particles = sizes
-    work = (len(batch[0]) // data) * (num_particles // particles) * min(memory, CPU_WORKING_SET)
-    if capture is False or (capture == "auto" and work < BYTES_BEFORE_CAPTURE):
-        return log_weights
-    chunk = tuple(tensor[:data] for tensor in batch)
-    try:
-        replay = _recorded(pair, log_weights, chunk, particles)
-    except CaptureError as reason:
-        if capture is True:
-            raise
-        warnings.warn(f"log-weights come from Pyro's eager pass, which is slower: {reason}", stacklevel=4)
-        return log_weights
+    replays: dict[int, Callable[[tuple[Tensor, ...]], Tensor]] = {}
+    for size, count in Counter(blocks.sizes).items():
+        to_come = count * num_data
+        compiled = capture is True or to_come * blocks.nbytes * size // blocks.size >= BYTES_BEFORE_COMPILING
+        if capture is False or (capture == "auto" and to_come < BLOCKS_BEFORE_RECORDING and not compiled):
+            continue
+        try:
+            replays[size] = _recorded(pair, log_weights, datum, size, compiled=compiled)
+        except CaptureError as reason:
+            if capture is True:
+                raise
+            warnings.warn(f"log-weights come from Pyro's eager pass, which is slower: {reason}", stacklevel=6)
+            break
 
-    def faster(chunk: tuple[Tensor, ...], size: int) -> Tensor:
-        return replay(chunk) if (len(chunk[0]), size) == sizes else log_weights(chunk, size)
+    def captured(datum: tuple[Tensor, ...], size: int) -> Tensor:
+        return replays[size](datum) if size in replays else log_weights(datum, size)
 
-    return faster
+    return captured
 
 
 def _recorded(
-    pair: Pair, log_weights: LogWeights, chunk: tuple[Tensor, ...], size: int
+    pair: Pair, log_weights: LogWeights, datum: tuple[Tensor, ...], size: int, *, compiled: bool
 ) -> Callable[[tuple[Tensor, ...]], Tensor]:
-    """Run the eager computation once on tensors without values, and return its operations, compiled."""
+    """Run the eager computation once on tensors without values, and return its operations."""
     state = [*pair.parameters(), *(buffer for module in pair.modules() for buffer in module._buffers.values())]
     held: list[Tensor] = list({id(tensor): tensor for tensor in state if tensor is not None}.values())
 
@@ -107,31 +105,33 @@ def _recorded(
 
     # Tensors made in inference mode cannot be recorded; nothing here needs gradients.
     with torch.inference_mode(False), torch.no_grad():
-        inputs = [tensor.detach() for tensor in held] + [tensor.clone() for tensor in chunk]
+        inputs = [tensor.detach() for tensor in held] + [tensor.clone() for tensor in datum]
         with unchanged(pair, log_weights) as changed:
             graph = traced(program, inputs)
         if changed:
             raise CaptureError(f"the program sets {changed[0]}, which a replay would not: make it a buffer of the pair")
-        graph = _with_chosen_products(graph, inputs)
-        run = compile_graph(graph, inputs) or graph
+        run: Callable[..., Any] = graph
+        if compiled:
+            graph = _with_chosen_products(graph, inputs)
+            run = compile_graph(graph, inputs) or graph
 
-    def replay(chunk: tuple[Tensor, ...]) -> Tensor:
+    def replay(datum: tuple[Tensor, ...]) -> Tensor:
         with torch.inference_mode(False), torch.no_grad():
-            result = run(*held, *chunk)
+            result = run(*held, *datum)
         return result[0] if isinstance(result, (tuple, list)) else result
 
     return replay
 
 
 def _with_chosen_products(graph: GraphModule, inputs: list[Tensor]) -> GraphModule:
-    """Return the graph with its products by the faster library, the one that was faster when first asked."""
+    """Return the graph with its matmuls by the library that was faster when first timed."""
     other = through_onednn(graph)
     if other is None:
         return graph
     key = (graph.code, tuple((t.shape, t.dtype) for t in inputs), torch.get_num_threads())
     if key not in _FASTER:
         alone = _products_alone(graph)
-        # Ones, since the caller's random state is not to move.
+        # Ones, which leave the caller's random state alone.
         operands = [
             torch.ones(n.meta["val"].shape, dtype=n.meta["val"].dtype) for n in alone.graph.find_nodes(op="placeholder")
         ]
@@ -140,7 +140,7 @@ def _with_chosen_products(graph: GraphModule, inputs: list[Tensor]) -> GraphModu
 
 
 def _products_alone(graph: GraphModule) -> GraphModule:
-    """Return a graph of the products only, from their operands: uncompiled, the rest would drown their difference."""
+    """Return a graph of the matmuls only, from their operands: uncompiled, the rest would drown their difference."""
     products = Graph()
     results: list[Node] = []
     for node in graph.graph.nodes:

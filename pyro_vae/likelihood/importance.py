@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyro_vae.likelihood.captured import Capture, LogWeights, check_capture, recorded_chunks
+from pyro_vae.likelihood.blocks import Blocks, data_hashes, single
+from pyro_vae.likelihood.captured import Capture, LogWeights, captured_blocks, check_capture
 from pyro_vae.likelihood.estimate import LogLikelihood
-from pyro_vae.likelihood.saved_chunks import KeptChunks, evaluation_key
+from pyro_vae.likelihood.proposals import GuideProposal, PriorProposal, Proposal
+from pyro_vae.likelihood.saved_chunks import SavedChunks, evaluation_key
 from pyro_vae.likelihood.weights import WeightStream, WeightSummary
-from pyro_vae.pair.inspection import inspect
+from pyro_vae.pair.inspection import Inspection, inspect
 from pyro_vae.pair.modes import device_of, evaluation, to_pair
 from pyro_vae.pair.pair import Pair
-from pyro_vae.pair.site import Site
-from pyro_vae.pair.terms import LogTerms
-from pyro_vae.pair.trace import log_terms, run_model, trace_pair
-from pyro_vae.runtime.memory import MEBIBYTE, chunk_sizes
+from pyro_vae.runtime.memory import CHUNK, MEBIBYTE, block_size, counted_bytes, working_set
 from pyro_vae.runtime.progress import Progress, progress_bar
-from pyro_vae.runtime.random_state import derived_seed, fresh_seed, own_random_state
+from pyro_vae.runtime.random_state import fresh_seed, own_random_state, seed_generators
 
 __all__ = ["log_likelihood", "naive_log_likelihood"]
 
@@ -42,35 +39,39 @@ def log_likelihood(
 
     L_K = log (1/K) Σ_k p(x, z_k) / q(z_k | x),   z_k ~ q(z | x);   E L_K ≤ log p(x), and E L_K rises with K
 
-    The weights are accumulated in float64 over chunks of particles and data; no more than ``memory`` is held at once.
-    The pair is evaluated in evaluation mode and left as it was, as is the caller's random state. Each chunk of data
-    draws from a seed of its own, so that an evaluation which is interrupted goes on, where ``run_dir`` keeps its
-    finished chunks, by the same call, and gives bit for bit what an unbroken one gives; up to rounding where its chunks
-    are compiled, since another process may choose another library for the products.
+    The pair runs in evaluation mode; the pair and the caller's random state are left as they were. Weights are
+    accumulated in float64.
+
+    With a seed, a datum's estimate depends on the pair, the datum, its conditions, K and the seed only. It is bitwise
+    the same for every ``memory``, number of processes and order of the data, and beside any other data. Compiled
+    recordings give it up to rounding, and so does another number of threads or type of device. Equal data get equal
+    draws, so the errors of exact duplicates are fully correlated; for independent repetitions use other seeds.
+
+    Each datum is computed alone, in blocks of particles. The pair therefore sees batches of one.
 
     Args:
         pair: any pair.
         batch: ``x`` (B, …) and the pair's conditions.
         num_particles: K.
-        memory: bytes that the tensors of a chunk may take, as measured on ever larger chunks; on a CPU fewer are taken
-            where larger chunks would only run slower. A seeded estimate depends on it, since every chunk has its draws.
-        seed: of the draws; fresh entropy without one, so that repeated calls differ.
-        progress: whether to draw a progress bar, which appears after a second; or a function, called with data done and
-            data in all.
-        run_dir: folder that keeps finished chunks, each for this pair, its parameters, data, K, memory and seed alone;
-            it needs a seed. None keeps no file.
-        capture: whether full chunks replay a compiled recording of the pair's programs, with the same draws and, up to
-            rounding, the same numbers. "auto" compiles where 2000 chunks of 32 MiB or more are to come, and
-            warns, once, of what it cannot record; True always compiles, and raises instead; False is Pyro's eager pass.
-            Which products are faster is timed once per process: between two of them numbers may differ by rounding.
+        memory: bytes that tensors may take at once, as measured. It never changes the estimate. A block takes at most
+            32 MiB on a CPU and 256 MiB on a CUDA device, unless one particle takes more.
+        seed: of the draws; fresh entropy by default.
+        progress: whether to draw a progress bar, which appears after a second; or a function, called with the data done
+            and the data in all.
+        run_dir: folder to save finished chunks of 128 data in; it needs a seed. Call again with the same arguments to
+            resume an interrupted evaluation. The result is bitwise equal to an uninterrupted one, unless it is compiled
+            and the two processes time matmuls differently.
+        capture: "auto" replays a recording of the pair's programs if 1000 blocks are to come, with the same bits. It
+            compiles the recording if the blocks hold 2000 times 32 MiB, and warns of a program that it cannot record.
+            True always compiles, or raises; False always uses Pyro's eager pass.
 
     Returns:
         :class:`LogLikelihood`.
 
     Raises:
-        ValueError: for bad data, K < 1, a budget too small for one datum and one particle, with the least that works;
-            for a datum whose weights are all zero, or one of them infinite or NaN, with its index and the site to
-            blame; for ``run_dir`` without a seed, and a damaged or foreign file in it.
+        ValueError: for bad data; for K < 1; for a budget below one block, with the least that works; for a datum whose
+            weights are all zero, or one of them infinite or NaN, with its index and the site to blame; for ``run_dir``
+            without a seed, and for a damaged or foreign file in it.
 
     Reference:
         Burda, Grosse and Salakhutdinov (2016), Importance weighted autoencoders, ICLR.
@@ -81,9 +82,7 @@ def log_likelihood(
     >>> bool(torch.allclose(ll.per_datum, pair.exact_log_likelihood(x).double(), rtol=1e-4)), ll.quantity
     (True, 'log p(x)')
     """
-
-    settings = _Settings(num_particles, memory, seed, progress, run_dir, naive=False, capture=capture)
-    return _estimate(pair, batch, lambda chunk, size: _weights(log_terms(pair, *chunk, num_particles=size)), settings)
+    return _estimate(GuideProposal(pair), batch, _Settings(num_particles, memory, seed, progress, run_dir, capture))
 
 
 def naive_log_likelihood(
@@ -95,7 +94,7 @@ def naive_log_likelihood(
     progress: Progress = True,
     run_dir: str | Path | None = None,
 ) -> LogLikelihood:
-    """Estimate log p(x) per datum by draws from the prior: the baseline that shows why the others exist.
+    """Estimate log p(x) per datum by draws from the prior, the baseline for every other estimate.
 
     log (1/K) Σ_k p(x | z_k),   z_k ~ p(z)
 
@@ -108,47 +107,45 @@ def naive_log_likelihood(
     Reference:
         Document 002, equation (1).
     """
-
-    def log_weights(chunk: tuple[Tensor, ...], size: int) -> Tensor:
-        sites = run_model(pair, *chunk, num_particles=size).values()
-        return torch.stack([site.log_prob for site in sites if site.is_observed]).sum(0)
-
-    return _estimate(pair, batch, log_weights, _Settings(num_particles, memory, seed, progress, run_dir, naive=True))
+    return _estimate(PriorProposal(pair), batch, _Settings(num_particles, memory, seed, progress, run_dir, False))
 
 
-class _Settings(NamedTuple):
-    """What a user asks of an estimate; ``naive`` for draws from the prior."""
+@dataclass(frozen=True)
+class _Settings:
+    """Arguments of an estimate."""
 
     num_particles: int
     memory: int
     seed: int | None
     progress: Progress
     run_dir: str | Path | None
-    naive: bool
-    capture: Capture = False
+    capture: Capture
+
+    def check(self) -> None:
+        check_capture(self.capture)
+        if self.num_particles < 1:
+            raise ValueError(f"num_particles is {self.num_particles}; it counts draws per datum and must be at least 1")
+        if self.run_dir is not None and self.seed is None:
+            raise ValueError("run_dir keeps the chunks of one seed, so that they can be continued: pass seed=0, say")
 
 
-def _estimate(pair: Pair, batch: tuple[Tensor, ...], log_weights: LogWeights, settings: _Settings) -> LogLikelihood:
-    check_capture(settings.capture)
-    inspection = inspect(pair, batch)
-    num_particles = settings.num_particles
-    if num_particles < 1:
-        raise ValueError(f"num_particles is {num_particles}; it counts draws per datum and must be at least 1")
-    if settings.run_dir is not None and settings.seed is None:
-        raise ValueError("run_dir keeps the chunks of one seed, so that they can be continued: pass seed=0, say")
-    batch = to_pair(pair, batch)
-    with evaluation(pair):
-        parts = _summaries(pair, batch, log_weights, settings)
+def _estimate(proposal: Proposal, batch: tuple[Tensor, ...], settings: _Settings) -> LogLikelihood:
+    inspection = inspect(proposal.pair, batch)
+    settings.check()
+    batch = to_pair(proposal.pair, batch)
+    with evaluation(proposal.pair), own_random_state(0, device_of(proposal.pair)):
+        saved = _saved(proposal, inspection, batch, settings)
+        parts = _summaries(_Estimator(proposal, batch, settings), settings, saved)
     summary = WeightSummary(*(torch.cat(fields, -1) for fields in zip(*parts, strict=True)))
     return LogLikelihood(
         per_datum=summary.log_mean,
         standard_error=summary.standard_error,
         ess=summary.ess,
-        num_particles=num_particles,
-        quantity=inspection.prior_quantity if settings.naive else inspection.quantity,
+        num_particles=settings.num_particles,
+        quantity=proposal.quantity(inspection),
         discrete=inspection.is_discrete,
-        # A pair whose x repeats itself, as a symmetric matrix does, says how many of its entries are free.
-        num_dimensions=getattr(pair, "num_dimensions", batch[0][0].numel()),
+        # A pair whose x repeats itself, e.g. a symmetric matrix, knows how many of its entries are free.
+        num_dimensions=getattr(proposal.pair, "num_dimensions", batch[0][0].numel()),
         pareto_k=summary.pareto_k,
         smoothed=summary.smoothed,
         curve=summary.curve,
@@ -156,112 +153,135 @@ def _estimate(pair: Pair, batch: tuple[Tensor, ...], log_weights: LogWeights, se
     )
 
 
-def _summaries(
-    pair: Pair, batch: tuple[Tensor, ...], log_weights: LogWeights, settings: _Settings
-) -> list[WeightSummary]:
-    """Return what the weights of each chunk of data say, those that a run folder keeps among them."""
-    num_particles, device, count = settings.num_particles, device_of(pair), len(batch[0])
-    seed = fresh_seed() if settings.seed is None else settings.seed
+def _saved(
+    proposal: Proposal, inspection: Inspection, batch: tuple[Tensor, ...], settings: _Settings
+) -> SavedChunks | None:
+    if settings.run_dir is None:
+        return None
+    numbers = (settings.num_particles, str(settings.seed), str(settings.capture), CHUNK, batch[0].device.type)
+    key = evaluation_key(inspection, batch, (proposal.name, *numbers))
+    return SavedChunks(Path(settings.run_dir), key, settings.num_particles)
 
-    def weigh(chunk: tuple[Tensor, ...], sizes: list[int]) -> WeightStream:
-        weights = WeightStream(len(chunk[0]), num_particles, device)
-        for size in sizes:
-            weights.add(log_weights(chunk, size))
-        return weights
 
-    data, particles = chunk_sizes(lambda chunk, size: weigh(chunk, [size]), batch, num_particles, settings.memory)
-    sizes = [min(particles, num_particles - start) for start in range(0, num_particles, particles)]
-    kept = _kept(pair, batch, log_weights, settings, (data, particles))
-    recorded = partial(recorded_chunks, num_particles=num_particles, memory=settings.memory, capture=settings.capture)
-    parts: list[WeightSummary] = []
-    computed = 0
+def _summaries(estimator: _Estimator, settings: _Settings, saved: SavedChunks | None) -> list[WeightSummary]:
+    """Return the statistics of each chunk of data, computed or saved."""
+    count, parts = len(estimator.batch[0]), list[WeightSummary]()
     try:
         with progress_bar(settings.progress, "log-likelihood", count) as update:
-            for start in range(0, count, data):
-                rows = range(start, min(start + data, count))
-                summary = kept.read(rows) if kept is not None else None
+            for start in range(0, count, CHUNK):
+                rows = range(start, min(start + CHUNK, count))
+                summary = saved.read(rows) if saved is not None else None
                 if summary is None:
-                    if not computed:
-                        # Not before a chunk is missing: recording and compiling take seconds.
-                        log_weights = recorded(pair, log_weights, batch, (data, particles))
-                    computed += 1
-                    chunk = tuple(tensor[rows.start : rows.stop] for tensor in batch)
-                    # A chunk's draws depend on nothing that came before it.
-                    drawing = derived_seed(seed, "log-likelihood", start)
-                    with own_random_state(drawing, device):
-                        summary = weigh(chunk, sizes).summary()
-                    if not summary.log_mean.isfinite().all():
-                        with own_random_state(drawing, device):
-                            raise ValueError(_what_is_wrong(pair, chunk, sizes, summary, start, settings.naive))
-                    if kept is not None:
-                        kept.write(rows, summary)
+                    summary = estimator.summary(rows)
+                    if saved is not None:
+                        saved.write(rows, summary)
                 parts.append(summary)
                 update(rows.stop)
     except KeyboardInterrupt as interrupt:
-        done = min(len(parts) * data, count)
-        how = f"; {kept.folder} keeps them: the same call goes on from there" if kept is not None and done else ""
-        interrupt.add_note(f"interrupted with {done} of {count} data evaluated{how}")
+        done = min(len(parts) * CHUNK, count)
+        resume = f"; {saved.folder} keeps them: the same call goes on from there" if saved is not None and done else ""
+        interrupt.add_note(f"interrupted with {done} of {count} data evaluated{resume}")
         raise
     return parts
 
 
-def _kept(
-    pair: Pair, batch: tuple[Tensor, ...], log_weights: LogWeights, settings: _Settings, chunk: tuple[int, int]
-) -> KeptChunks | None:
-    if settings.run_dir is None:
-        return None
-    with own_random_state(0, device_of(pair)):
-        probe = log_weights(tuple(tensor[:2] for tensor in batch), 2)
-    kind = "naive" if settings.naive else "importance"
-    numbers = (kind, settings.num_particles, str(settings.seed), str(settings.capture), *chunk, device_of(pair).type)
-    return KeptChunks(Path(settings.run_dir), evaluation_key(pair, batch, probe, numbers), settings.num_particles)
+class _Estimator:
+    """Log-weights of data from one proposal, in blocks, and their statistics.
 
+    Raises:
+        ValueError: for a budget below one block.
+    """
 
-def _weights(terms: LogTerms) -> Tensor:
-    """Return log-weights (K, B), NaN where the guide's density is infinite: such a draw would count as impossible."""
-    return torch.where(terms.log_guide.isposinf(), math.nan, terms.log_weights)
+    def __init__(self, proposal: Proposal, batch: tuple[Tensor, ...], settings: _Settings) -> None:
+        self.proposal, self.batch, self.capture = proposal, batch, settings.capture
+        self.device = batch[0].device
+        seed = fresh_seed() if settings.seed is None else settings.seed
+        first, num_particles = single(batch, 0), settings.num_particles
+        size, nbytes = block_size(lambda size: proposal.log_weights(first, size), num_particles, self.device)
+        self.blocks = Blocks(seed, num_particles, size, nbytes)
+        self.side_by_side = self._side_by_side(settings.memory)
+        self._log_weights: LogWeights | None = None
 
+    def _side_by_side(self, memory: int) -> int:
+        """Return the number of data whose weights are accumulated together; their bits do not depend on it."""
+        size = self.blocks.size
 
-def _what_is_wrong(
-    pair: Pair, chunk: tuple[Tensor, ...], sizes: list[int], summary: WeightSummary, start: int, naive: bool
-) -> str:
-    """Draw a chunk's weights once more and say at which site its first bad datum's go wrong."""
-    bad = (~summary.log_mean.isfinite()).nonzero().flatten().tolist()
-    datum, others = bad[0], f" ({len(bad)} such data among the {len(chunk[0])} of its chunk)" if len(bad) > 1 else ""
-    name, where = f"datum {start + datum}{others}", f"pv.site_terms(pair, x[{start + datum}:{start + datum + 1}])"
-    impossible: set[str] | None = None
-    for size in sizes:
-        never = set()
-        for site, log_density in _densities(pair, chunk, size, naive).items():
-            values = log_density.expand(size, len(chunk[0]))[:, datum]
-            if values.isnan().any():
-                return f"a weight of {name} is NaN: {site} has log-density NaN; look at {where}"
-            if values.isposinf().any():
-                return (
-                    f"a weight of {name} is infinite or has no meaning: {site} has an infinite density; keep its scale "
-                    "above zero, and the data away from where its density has a pole (dequantise them)"
-                )
-            if values.isneginf().all():
-                never.add(site)
-        impossible = never if impossible is None else impossible & never
-    blamed = f"{', '.join(sorted(impossible))} rules them out" if impossible else "a site rules each of them out"
-    return (
-        f"all {sum(sizes)} weights of {name} are zero: no draw explains it, {blamed}; train the pair further, or look "
-        f"at {where}"
-    )
+        def accumulate() -> WeightSummary:
+            stream = WeightStream(1, self.blocks.num_particles, self.device)
+            stream.add(torch.zeros(size, 1, dtype=torch.float64, device=self.device))
+            return stream.summary()
 
+        taken = counted_bytes(accumulate, self.device)
+        least = self.blocks.nbytes + taken
+        if least > memory:
+            particles = "one particle" if size == 1 else f"{size} particles"
+            raise ValueError(
+                f"one datum and {particles} take {least} bytes, more than memory, {memory}: raise it to {least} at "
+                f"least ({-(-least // MEBIBYTE)} MiB)"
+            )
+        return max(1, min(CHUNK, min(memory - self.blocks.nbytes, working_set(self.device)) // taken))
 
-def _densities(pair: Pair, chunk: tuple[Tensor, ...], size: int, naive: bool) -> dict[str, Tensor]:
-    """Return log-densities by site, the guide's first, as an estimate draws them."""
-    programs: dict[str, Mapping[str, Site]]
-    if naive:
-        sites = run_model(pair, *chunk, num_particles=size)
-        programs = {"model": {name: site for name, site in sites.items() if site.is_observed}}
-    else:
-        trace = trace_pair(pair, *chunk, num_particles=size)
-        programs = {"guide": trace.guide, "model": trace.model}
-    return {
-        f"the {program}'s site '{name}'": site.log_prob
-        for program, sites in programs.items()
-        for name, site in sites.items()
-    }
+    def summary(self, rows: range) -> WeightSummary:
+        """Return the statistics of these data's weights.
+
+        Raises:
+            ValueError: for a datum without an estimate, with the site to blame.
+        """
+        if self._log_weights is None:
+            # Not before a chunk is missing: recording and compiling take seconds.
+            self._log_weights = captured_blocks(
+                self.proposal.pair,
+                self.proposal.log_weights,
+                single(self.batch, 0),
+                self.blocks,
+                len(self.batch[0]) - rows.start,
+                self.capture,
+            )
+        starts = range(rows.start, rows.stop, self.side_by_side)
+        parts = [self._weigh(range(i, min(i + self.side_by_side, rows.stop)), self._log_weights) for i in starts]
+        summary = WeightSummary(*(torch.cat(fields, -1) for fields in zip(*parts, strict=True)))
+        bad = (~summary.log_mean.isfinite()).nonzero().flatten().tolist()
+        if bad:
+            others = f" ({len(bad)} such data among the {len(rows)} of its chunk)" if len(bad) > 1 else ""
+            raise ValueError(self._reason(rows[bad[0]], others))
+        return summary
+
+    def _weigh(self, rows: range, log_weights: LogWeights) -> WeightSummary:
+        stream = WeightStream(len(rows), self.blocks.num_particles, self.device)
+        data = [single(self.batch, row) for row in rows]
+        hashes = data_hashes(tuple(tensor[rows.start : rows.stop] for tensor in self.batch))
+        for blocks in zip(*map(self.blocks.seeds, hashes), strict=True):
+            weights = []
+            for datum, (size, seed) in zip(data, blocks, strict=True):
+                seed_generators(seed, self.device)
+                weights.append(log_weights(datum, size).expand(size, 1))
+            stream.add(torch.cat(weights, 1))
+        return stream.summary()
+
+    def _reason(self, row: int, others: str) -> str:
+        """Draw a bad datum's weights again and say at which site they go wrong."""
+        name, look = f"datum {row}{others}", f"pv.site_terms(pair, x[{row}:{row + 1}])"
+        never: list[set[str]] = []
+        for densities in self._densities(row):
+            for site, values in densities.items():
+                if values.isnan().any():
+                    return f"a weight of {name} is NaN: {site} has log-density NaN; look at {look}"
+                if values.isposinf().any():
+                    return (
+                        f"a weight of {name} is infinite or has no meaning: {site} has an infinite density; keep its "
+                        "scale above zero, and the data away from where its density has a pole (dequantise them)"
+                    )
+            never.append({site for site, values in densities.items() if values.isneginf().all()})
+        impossible = set.intersection(*never)
+        blamed = f"{', '.join(sorted(impossible))} rules them out" if impossible else "a site rules each of them out"
+        return (
+            f"all {self.blocks.num_particles} weights of {name} are zero: no draw explains it, {blamed}; train the "
+            f"pair further, or look at {look}"
+        )
+
+    def _densities(self, row: int) -> Iterator[dict[str, Tensor]]:
+        """Yield the log-densities of a datum's sites, block by block."""
+        (datum_hash,) = data_hashes(tuple(tensor[row : row + 1] for tensor in self.batch))
+        for size, seed in self.blocks.seeds(datum_hash):
+            seed_generators(seed, self.device)
+            yield self.proposal.site_log_densities(single(self.batch, row), size)

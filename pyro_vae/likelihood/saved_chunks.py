@@ -1,4 +1,4 @@
-"""Finished chunks of an evaluation, kept in a run folder so that an interrupted one goes on where it stopped."""
+"""Finished chunks of an evaluation, saved in a run folder to resume an interrupted one."""
 
 from __future__ import annotations
 
@@ -12,25 +12,32 @@ from torch import Tensor
 
 from pyro_vae._version import __version__
 from pyro_vae.likelihood.weights import WeightSummary
-from pyro_vae.pair.pair import Pair
+from pyro_vae.pair.inspection import Inspection
 from pyro_vae.runtime.files import write_whole
 
-__all__ = ["KeptChunks", "evaluation_key"]
+__all__ = ["SavedChunks", "evaluation_key"]
 
-FORMAT = "pyro_vae log-likelihood chunk"
+# Version 2: each datum has its own seeds. The chunks of version 1 had one each, and other draws.
+FORMAT = "pyro_vae log-likelihood chunk, version 2"
 
 
-def evaluation_key(pair: Pair, batch: tuple[Tensor, ...], probe: Tensor, settings: tuple[str | int, ...]) -> str:
-    """Return a hash of all that an evaluation's numbers depend on.
+def evaluation_key(inspection: Inspection, batch: tuple[Tensor, ...], settings: tuple[str | int, ...]) -> str:
+    """Return a hash of everything that an evaluation's numbers depend on.
 
-    That is the pair's class, parameters and buffers, the data, the settings, and ``probe``, a few log-weights from a
-    fixed seed, which tell two programs apart whose parameters are the same.
+    Args:
+        inspection: the pair, and the log-densities of its sites at seeded draws. These tell two programs with the same
+            parameters apart.
+        batch: all data and their conditions.
+        settings: name of the proposal, K, seed and so on.
     """
-    digest = hashlib.sha256(repr((__version__, type(pair).__qualname__, *settings)).encode())
+    pair, terms = inspection.pair, inspection.trace.terms
+    digest = hashlib.sha256(repr((FORMAT, __version__, type(pair).__qualname__, *settings)).encode())
     named: Iterable[tuple[str, Tensor]] = [
         *pair.state_dict().items(),
         *((f"batch {i}", tensor) for i, tensor in enumerate(batch)),
-        ("probe", probe),
+        ("log_lik", terms.log_lik),
+        ("log_prior", terms.log_prior),
+        ("log_guide", terms.log_guide),
     ]
     for name, tensor in named:
         digest.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
@@ -39,12 +46,12 @@ def evaluation_key(pair: Pair, batch: tuple[Tensor, ...], probe: Tensor, setting
     return digest.hexdigest()
 
 
-class KeptChunks:
-    """Chunks of one evaluation in ``run_dir/log_likelihood/KEY``; those of another lie in folders of their own.
+class SavedChunks:
+    """Chunks of one evaluation in ``run_dir/log_likelihood/KEY``; every evaluation has another key.
 
     Args:
         run_dir: the run folder.
-        key: of the evaluation, as :func:`evaluation_key` makes it.
+        key: of the evaluation, from :func:`evaluation_key`.
         num_particles: K, which sets the shapes.
     """
 
@@ -55,10 +62,10 @@ class KeptChunks:
         return self.folder / f"{rows.start:08d}.safetensors"
 
     def read(self, rows: range) -> WeightSummary | None:
-        """Return what is kept of these data, None where nothing is.
+        """Return the saved statistics of these data, None without a file.
 
         Raises:
-            ValueError: for a damaged file, or one that belongs to something else.
+            ValueError: for a damaged file, or one of another evaluation.
         """
         path = self._path(rows)
         if not path.exists():
@@ -80,7 +87,7 @@ class KeptChunks:
         return WeightSummary(**fields)
 
     def write(self, rows: range, summary: WeightSummary) -> None:
-        """Keep what was found of these data; the file is written whole or not at all."""
+        """Save the statistics of these data; the file is written whole or not at all."""
         tensors = {name: tensor.contiguous() for name, tensor in summary._asdict().items()}
         metadata = {"format": FORMAT, "key": self.key, "rows": _named(rows)}
         write_whole(self._path(rows), lambda path: safetensors.torch.save_file(tensors, path, metadata))

@@ -1,4 +1,8 @@
-"""What is kept of importance weights that stream by, per datum: sums, the largest ones, and bounds at smaller K."""
+"""Importance weights that arrive block by block: their sums, the largest ones, and bounds at smaller K.
+
+A datum's numbers are the same bits whatever data stand beside it. torch's reductions and ``logaddexp`` round by a
+column's position among the others. So only element-wise operations without that habit are used here.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +13,22 @@ import torch
 from torch import Tensor
 
 from pyro_vae.likelihood.psis import pareto_tail, tail_size
+from pyro_vae.pair.weights import WeightSums
 
 __all__ = ["WeightStream", "WeightSummary"]
 
 
 class WeightSummary(NamedTuple):
-    """What K weights per datum say, in nats.
+    """Statistics of K weights per datum, in nats.
 
-    ``log_mean`` (B,): log (1/K) Σ w; ``standard_error`` (B,) its error by the delta method; ``ess`` (B,): (Σ w)²/Σ w²;
-    ``pareto_k`` (B,); ``smoothed`` (B,): log_mean with the tail Pareto-smoothed; ``curve`` (J, B): L_1, L_2, L_4, …,
-    ``curve_standard_error`` (J, B) their errors.
+    Args:
+        log_mean: log (1/K) Σ w, (B,).
+        standard_error: of ``log_mean``, by the delta method, (B,).
+        ess: effective sample size (Σ w)² / Σ w², (B,).
+        pareto_k: k̂, (B,).
+        smoothed: ``log_mean`` with a Pareto-smoothed tail, (B,).
+        curve: L_1, L_2, L_4, …, (J, B).
+        curve_standard_error: errors of ``curve``, (J, B).
     """
 
     log_mean: Tensor
@@ -31,12 +41,12 @@ class WeightSummary(NamedTuple):
 
 
 class WeightStream:
-    """Accumulate log-weights of some data over chunks of particles, in float64.
+    """Accumulate log-weights over blocks of particles, in float64.
 
     Args:
         num_data: B.
-        num_particles: K, in all.
-        device: where the weights are.
+        num_particles: K, over all blocks.
+        device: device of the weights.
 
     >>> stream = WeightStream(2, 4, torch.device("cpu"))
     >>> stream.add(torch.zeros(3, 2)), stream.add(torch.zeros(1, 2))
@@ -57,58 +67,80 @@ class WeightStream:
         self.pending: list[Tensor | None] = [None] * levels
 
     def add(self, log_weights: Tensor) -> None:
-        """Take in a chunk of log-weights, (k, B)."""
+        """Take in a block of log-weights, (k, B)."""
         self.dtype = log_weights.dtype
         log_weights = log_weights.double()
-        self.sums[0] = torch.logaddexp(self.sums[0], torch.logsumexp(log_weights, 0))
-        self.sums[1] = torch.logaddexp(self.sums[1], torch.logsumexp(2 * log_weights, 0))
+        sums = torch.stack([_log_sum(log_weights), _log_sum(2 * log_weights)])
+        self.sums = _log_add(self.sums, sums)
         if len(self.largest):
             both = torch.cat([self.largest, log_weights])
             self.largest = both.topk(len(self.largest), 0).values
-        self._add_blocks(log_weights)
+        self._add_levels(log_weights, sums[0])
 
-    def _add_blocks(self, blocks: Tensor) -> None:
-        """Count blocks of 1, merge them in pairs, count those, and so on; an odd one waits for the next chunk."""
+    def _add_levels(self, merged: Tensor, log_sum: Tensor) -> None:
+        """Count single weights, merge them in pairs, count those, and so on; an odd one waits for the next block."""
         if self.centre is None:
-            # Squares are of distances from here, or those of log-weights of thousands of nats would hide the spread.
-            first = torch.logsumexp(blocks, 0) - math.log(len(blocks))
+            # Squares of log-weights of thousands of nats would hide their spread: distances from here are squared.
+            first = log_sum - math.log(len(merged))
             self.centre = torch.where(first.isfinite(), first, 0.0)
         for level in range(len(self.pending)):
             # A merged pair is log(w + w'), not yet their mean.
-            distance = blocks - (self.centre + level * math.log(2))
-            self.levels[level] += distance.sum(0)
-            self.squares[level] += (distance**2).sum(0)
+            distance = merged - (self.centre + level * math.log(2))
+            self.levels[level] += _sum(distance)
+            self.squares[level] += _sum(distance**2)
             waiting = self.pending[level]
             if waiting is not None:
-                blocks = torch.cat([waiting, blocks])
-            pairs = len(blocks) // 2
-            self.pending[level] = blocks[2 * pairs :].clone() if len(blocks) % 2 else None
-            blocks = torch.logaddexp(blocks[0 : 2 * pairs : 2], blocks[1 : 2 * pairs : 2])
+                merged = torch.cat([waiting, merged])
+            pairs = len(merged) // 2
+            self.pending[level] = merged[2 * pairs :].clone() if len(merged) % 2 else None
+            if not pairs:
+                return
+            merged = _log_add(merged[0 : 2 * pairs : 2], merged[1 : 2 * pairs : 2])
 
     def summary(self) -> WeightSummary:
-        """Return what the weights say, on the CPU."""
+        """Return the statistics of all weights, on the CPU."""
         first, second = self.sums.cpu()
-        count = self.num_particles
-        ess = torch.exp(2 * first - second)
-        # The sample variance of the weights over their squared mean is (K/ESS − 1) K/(K − 1).
-        variance = (count / ess - 1).clamp(min=0) / (count - 1) if count > 1 else math.nan * ess
+        sums = WeightSums(first, second, self.num_particles)
         largest = self.largest.cpu()
-        fits = [pareto_tail(column, count, self.dtype) for column in largest.mT]
+        # A copy of each column, so that every datum's fit sees memory of the same layout.
+        fits = [pareto_tail(column.clone(), self.num_particles, self.dtype) for column in largest.mT]
         pareto_k, change = torch.tensor(fits, dtype=torch.float64).mT
-        log_mean = first - math.log(count)
-        share = torch.exp(torch.logsumexp(largest[:-1], 0) - first) if len(largest) else torch.zeros_like(first)
-        error = variance.sqrt()
+        share = torch.exp(_log_sum(largest[:-1]) - first) if len(largest) else torch.zeros_like(first)
         # Σ smoothed = Σ w (1 + share (e^change − 1)): the weights below the tail stay as they are.
-        smoothed = log_mean + torch.log1p(share * torch.expm1(change))
-        return WeightSummary(log_mean, error, ess, pareto_k, smoothed, *self._curve(error))
+        smoothed = sums.log_mean + torch.log1p(share * torch.expm1(change))
+        error = sums.standard_error
+        return WeightSummary(sums.log_mean, error, sums.ess, pareto_k, smoothed, *self._curve(error))
 
     def _curve(self, error: Tensor) -> tuple[Tensor, Tensor]:
-        """Return L_1, L_2, L_4, … and their errors from the spread of the blocks."""
+        """Return L_1, L_2, L_4, … and their errors from the spread of the merged weights."""
         assert self.centre is not None
-        blocks = (self.num_particles >> torch.arange(len(self.levels))).double().unsqueeze(-1)
-        mean = self.levels.cpu() / blocks
-        variance = (self.squares.cpu() / blocks - mean**2).clamp(min=0) / (blocks - 1)
-        # One block has no spread: there the delta method's error, of K weights, is scaled to the block's number.
+        counts = (self.num_particles >> torch.arange(len(self.levels))).double().unsqueeze(-1)
+        mean = self.levels.cpu() / counts
+        variance = (self.squares.cpu() / counts - mean**2).clamp(min=0) / (counts - 1)
+        # A single number has no spread: there the delta method's error, of K weights, is scaled to its size.
         largest = 1 << (len(self.levels) - 1)
         variance[-1] = error**2 * self.num_particles / largest
         return mean + self.centre.cpu(), variance.sqrt()
+
+
+def _sum(values: Tensor) -> Tensor:
+    """Return the sum over the first dimension, by halves, in an order that every column shares."""
+    while len(values) > 1:
+        half = len(values) // 2
+        halved = values[:half] + values[half : 2 * half]
+        values = torch.cat([halved, values[2 * half :]]) if len(values) % 2 else halved
+    return values[0]
+
+
+def _log_sum(log_values: Tensor) -> Tensor:
+    """Return log Σ exp over the first dimension."""
+    top = log_values.amax(0)
+    shift = torch.where(top.isfinite(), top, 0.0)
+    return _sum((log_values - shift).exp()).log() + shift
+
+
+def _log_add(left: Tensor, right: Tensor) -> Tensor:
+    """Return log(exp(left) + exp(right)), entry by entry."""
+    # Two infinities of one sign have no difference.
+    distance = torch.where(left == right, 0.0, (left - right).abs())
+    return torch.maximum(left, right) + torch.log1p(torch.exp(-distance))

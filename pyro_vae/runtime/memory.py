@@ -1,4 +1,4 @@
-"""How much data a chunk may hold: the bytes that its tensors take at their peak, measured and kept within a budget."""
+"""Bytes that tensors take at their peak: measured, never guessed, and held within a budget."""
 
 from __future__ import annotations
 
@@ -15,14 +15,63 @@ from torch.utils._pytree import tree_leaves
 
 from pyro_vae.runtime.random_state import own_random_state
 
-__all__ = ["CHUNK", "CPU_WORKING_SET", "MEBIBYTE", "CountBytes", "chunk_sizes"]
+__all__ = [
+    "CHUNK",
+    "CPU_WORKING_SET",
+    "MEBIBYTE",
+    "CountBytes",
+    "block_size",
+    "chunk_sizes",
+    "counted_bytes",
+    "working_set",
+]
 
 MEBIBYTE = 2**20
-# Data per chunk at most, and the bytes that a chunk on a CPU takes where more are allowed: larger ones run slower, by a
-# factor of two at 512 MiB, since every tensor is then fetched from fresh pages of memory. A decoder with 784 outputs
-# faults in 9376 pages a chunk at 64 MiB, none at 32.
+# Data per chunk at most.
 CHUNK = 128
+# Bytes that a chunk takes on a CPU where more are allowed. Larger chunks fetch every tensor from fresh pages of memory:
+# at 512 MiB they are slower by a factor of two. A decoder with 784 outputs faults in 9376 pages a chunk at 64 MiB, none
+# at 32.
 CPU_WORKING_SET = 32 * MEBIBYTE
+# A CUDA device needs larger chunks to be busy.
+CUDA_WORKING_SET = 256 * MEBIBYTE
+
+
+def working_set(device: torch.device) -> int:
+    """Return the bytes that work on a device should take at once, whatever its memory."""
+    return CUDA_WORKING_SET if device.type == "cuda" else CPU_WORKING_SET
+
+
+def block_size(run: Callable[[int], Any], num_particles: int, device: torch.device) -> tuple[int, int]:
+    """Return the particles of a block, and its bytes.
+
+    A block fills the device's working set, and K particles make blocks of equal size, up to one particle. The size
+    depends on ``run``, K and the type of device only, not on a budget. The peak is measured at a few rising sizes,
+    since an encoder may set it for few particles and the decoder for many. n times the particles take at most n times
+    the bytes, so no measurement exceeds the working set; one particle alone may.
+
+    Args:
+        run: called with a number of particles.
+        num_particles: K.
+        device: device of the tensors.
+
+    Returns:
+        Particles per block, and the bytes that such a block takes.
+
+    >>> block_size(lambda size: torch.ones(size, 2**20), 10, torch.device("cpu"))
+    (5, 20971520)
+    """
+
+    def peak(particles: int) -> int:
+        return max(1, counted_bytes(partial(run, particles), device))
+
+    particles, taken = 1, peak(1)
+    while (most := min(num_particles, working_set(device) * particles // taken)) > particles:
+        even = -(-num_particles // -(-num_particles // most))
+        if even < 1.5 * particles:
+            break
+        particles, taken = even, peak(even)
+    return particles, taken
 
 
 def chunk_sizes(
@@ -33,25 +82,25 @@ def chunk_sizes(
     unit: str = "one datum and one particle",
     largest: int | None = None,
 ) -> tuple[int, int]:
-    """Return how many data and particles a chunk may hold so that its tensors stay within ``memory`` bytes.
+    """Return the data and particles of the largest chunk whose tensors stay within ``memory`` bytes.
 
-    The peak is measured, never guessed from a smaller chunk's growth: an encoder may set it at few particles and the
-    decoder at many. A chunk of n times the size takes at most n times the bytes, so that no measurement overshoots. On
-    a CPU the sizes depend on nothing but the arguments.
+    The peak is measured at rising sizes, since an encoder may set it for few particles and the decoder for many. n
+    times the size takes at most n times the bytes, so no measurement exceeds the budget. On a CPU the sizes depend on
+    the arguments only.
 
     Args:
-        run: what a chunk of data and a number of particles are put through.
+        run: called with a chunk of data and a number of particles.
         batch: the data and their conditions, B rows each.
         num_particles: K.
-        memory: bytes.
-        unit: what the smallest chunk is, for the error.
-        largest: data per chunk at most; 128 without one.
+        memory: budget in bytes.
+        unit: name of the smallest chunk, for the error.
+        largest: data per chunk at most; 128 by default.
 
     Returns:
         Data per chunk, and particles per chunk.
 
     Raises:
-        ValueError: when one datum and one particle already take more; it gives the least that works.
+        ValueError: for a budget below the smallest chunk's bytes; it gives the least that works.
     """
 
     def peak(data: int, particles: int) -> int:
@@ -80,26 +129,34 @@ def chunk_sizes(
 
 
 def _peak_memory(run: Callable[[], Any], device: torch.device) -> int:
+    if device.type != "cuda":
+        return counted_bytes(run, device)
     with own_random_state(0, device):
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+
+
+def counted_bytes(run: Callable[[], Any], device: torch.device) -> int:
+    """Return the bytes of tensors that ``run`` has alive at its peak, by :class:`CountBytes`.
+
+    The count is the same on every device of a type: it knows no allocator, and no workspace of a library.
+    """
+    # A collection in the middle would free tensors that wait in a cycle, and make the count depend on its moment.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        with own_random_state(0, device), CountBytes() as counter:
             run()
-            return torch.cuda.max_memory_allocated(device) - before
-        # A collection in the middle would free what waits in a cycle, and the count depend on when it came.
-        collecting = gc.isenabled()
-        gc.disable()
-        try:
-            with CountBytes() as counter:
-                run()
-        finally:
-            if collecting:
-                gc.enable()
-        return counter.peak
+    finally:
+        if collecting:
+            gc.enable()
+    return counter.peak
 
 
 class CountBytes(TorchDispatchMode):
-    """Follow how many bytes of tensors made inside are alive, and the most there were: torch counts none on a CPU."""
+    """Follow the bytes of tensors made inside that are alive, and their peak: torch counts none on a CPU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,7 +166,7 @@ class CountBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor):
-                # What comes in unseen was made outside, a parameter say; a view of it takes nothing.
+                # An unseen input was made outside, e.g. a parameter; a view of it takes nothing.
                 self._count(tensor.untyped_storage(), outside=True)
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):

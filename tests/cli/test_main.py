@@ -21,7 +21,7 @@ from pyro_vae.cli.runs import load_run
 from pyro_vae.cli.training import Training
 from pyro_vae.data import DataSet
 from pyro_vae.likelihood.estimate import likelihood_rows
-from pyro_vae.likelihood.saved_chunks import KeptChunks
+from pyro_vae.likelihood.saved_chunks import SavedChunks
 from pyro_vae.training.fit import fit
 from pyro_vae.training.run_folder import load_state
 from tests.support.cli_cases import SMALL, error
@@ -77,17 +77,17 @@ def test_an_interrupted_evaluation_is_continued_by_the_same_command(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, few_digits: DataSet
 ) -> None:
     main(["train", "vae", *SMALL, "--run-dir", "run"])
-    monkeypatch.setattr("pyro_vae.runtime.memory.CHUNK", 10)
+    monkeypatch.setattr("pyro_vae.likelihood.importance.CHUNK", 10)
     calls = iter(range(2))
 
-    def interrupted(kept: KeptChunks, *chunk: Any) -> None:
+    def interrupted(kept: SavedChunks, *chunk: Any) -> None:
         if next(calls, None) is None:
             raise KeyboardInterrupt
         write(kept, *chunk)
 
-    write = KeptChunks.write
+    write = SavedChunks.write
     with monkeypatch.context() as patched:
-        patched.setattr(KeptChunks, "write", interrupted)
+        patched.setattr(SavedChunks, "write", interrupted)
         assert main(["evaluate", "run", "--num-particles", "30"]) == 130
     assert "interrupted with 20 of 32 data evaluated" in " ".join(capsys.readouterr().out.split())
     assert not Path("run/log_likelihood.json").exists()

@@ -15,6 +15,7 @@ from torch.distributions import kl_divergence
 import pyro_vae as pv
 from pyro_vae.models import LinearGaussianMixtureVAE, LinearGaussianVAE, LinearTwoStageVAE
 from pyro_vae.objectives.bounds import elbo, iwae
+from tests.support.repetitions import repetitions
 
 # Cholesky factors of small, well-conditioned matrices: rounding stays below 1e-11 relative.
 ROUNDING = {"rtol": 1e-10, "atol": 1e-10}
@@ -167,7 +168,7 @@ def test_repeated_estimates_of_one_datum_stay_below_it_in_the_mean(pairs: tuple[
     exact, faulty = pairs
     faulty.fault = FAULTS["all"]
     x = pv.generate(exact, 1, seed=3).x
-    copies, log_p = x.expand(20, *x.shape[1:]), exact.exact_log_likelihood(x)
+    copies, log_p = repetitions(x, 20), exact.exact_log_likelihood(x)
     means = []
     for k in (1, 16):
         # A seed of its own for every call, as separate runs would have.

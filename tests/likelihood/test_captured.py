@@ -13,17 +13,20 @@ from torch import Tensor, nn
 
 import pyro_vae as pv
 from pyro_vae.capture.tracer import CaptureError
-from pyro_vae.likelihood import captured as chunks
+from pyro_vae.likelihood import captured
+from pyro_vae.likelihood.blocks import Blocks, single
 from pyro_vae.models import VAE
 from pyro_vae.networks.mlp import MLP
 from pyro_vae.pair.modes import evaluation
 from tests.support.capture_cases import CASES, batches
 
-ALWAYS: Any = {"num_particles": 3, "memory": 2**20, "capture": True}
+
+def blocks_of(num_particles: int, size: int, nbytes: int = 100) -> Blocks:
+    return Blocks(0, num_particles, size, nbytes)
 
 
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "compile_graph", lambda graph, inputs: None)
+    monkeypatch.setattr(captured, "compile_graph", lambda graph, inputs: None)
 
 
 def small_vae() -> VAE:
@@ -32,7 +35,7 @@ def small_vae() -> VAE:
     return VAE(shape, pv.StandardNormal(3), pv.Bernoulli(), **networks)
 
 
-def weights(pair: pv.Pair) -> chunks.LogWeights:
+def weights(pair: pv.Pair) -> captured.LogWeights:
     return lambda chunk, size: pv.log_terms(pair, *chunk, num_particles=size).log_weights
 
 
@@ -40,22 +43,23 @@ def weights(pair: pv.Pair) -> chunks.LogWeights:
 def test_recorded_weights_of_every_pair_are_the_eager_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     uncompiled(monkeypatch)
     pair = CASES[name]()
-    batch, *others = batches(pair)
+    batch, *_ = batches(pair)
     with evaluation(pair):
-        replay = chunks.recorded_chunks(pair, weights(pair), batch, (6, 3), **ALWAYS)
-        # Another chunk of the shape, a shorter one, and fewer particles.
-        for chunk, size in [(others[0], 3), (others[1], 3), (batch, 2)]:
+        # Recorded without being compiled: 60 blocks of 3 and of 1 particles are to come.
+        monkeypatch.setattr(captured, "BLOCKS_BEFORE_RECORDING", 60)
+        replay = captured.captured_blocks(pair, weights(pair), single(batch, 0), blocks_of(4, 3), 60, "auto")
+        for row, size in [(0, 3), (1, 3), (5, 1), (3, 2)]:
+            datum = single(batch, row)
             torch.manual_seed(0)
-            expected = weights(pair)(chunk, size)
+            expected = weights(pair)(datum, size)
             torch.manual_seed(0)
-            assert torch.equal(replay(chunk, size).expand_as(expected), expected)
+            assert torch.equal(replay(datum, size).expand_as(expected), expected)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 def test_a_compiled_estimate_is_the_eager_one_up_to_rounding(dtype: torch.dtype, tolerance: float) -> None:
     pair, x = small_vae().to(dtype), torch.rand(7, 9).gt(0.5).to(dtype)
-    # A budget that holds neither all data nor all particles: there are short chunks of both.
-    settings: dict[str, Any] = {"num_particles": 50, "memory": 20_000, "seed": 3}
+    settings: dict[str, Any] = {"num_particles": 50, "seed": 3}
     state = torch.get_rng_state()
     eager, compiled, again = (pv.log_likelihood(pair, x, capture=flag, **settings) for flag in (False, True, True))
     assert torch.equal(torch.get_rng_state(), state)
@@ -70,33 +74,57 @@ def test_parameters_are_read_at_each_call(monkeypatch: pytest.MonkeyPatch) -> No
     uncompiled(monkeypatch)
     pair, x = small_vae(), torch.ones(4, 9)
     with evaluation(pair):
-        replay = chunks.recorded_chunks(pair, weights(pair), (x,), (4, 2), **ALWAYS)
+        replay = captured.captured_blocks(pair, weights(pair), (x[:1],), blocks_of(2, 2), 4, True)
     with torch.no_grad():
         pair.p_x.network.layers[-1].bias += 1.0
     with evaluation(pair):
         torch.manual_seed(0)
-        expected = weights(pair)((x,), 2)
+        expected = weights(pair)((x[1:2],), 2)
         torch.manual_seed(0)
-        assert torch.equal(replay((x,), 2), expected)
+        assert torch.equal(replay((x[1:2],), 2), expected)
 
 
-def test_auto_compiles_for_two_thousand_full_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    uncompiled(monkeypatch)
-    pair, x = small_vae(), torch.ones(10, 9)
-    eager, default = weights(pair), 512 * 2**20
+def test_auto_records_for_a_thousand_blocks_and_compiles_for_enough_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair, x, made = small_vae(), torch.ones(1, 9), []
 
-    def is_eager(num_particles: int, memory: int, capture: chunks.Capture) -> bool:
-        options: Any = {"num_particles": num_particles, "memory": memory, "capture": capture}
-        return chunks.recorded_chunks(pair, eager, (x,), (2, 10), **options) is eager
+    def recorded(*arguments: Any, compiled: bool) -> Any:
+        made.append((arguments[-1], compiled))
+        return lambda datum: torch.zeros(1)
 
-    with evaluation(pair):
-        # 5 · 399 and 5 · 400 full chunks of two data and ten particles.
-        assert is_eager(3999, default, "auto")
-        assert not is_eager(4000, default, "auto")
-        # In smaller chunks the same number is less work.
-        assert is_eager(4000, 2**20, "auto")
-        assert not is_eager(3999, default, True)
-        assert is_eager(4000, default, False)
+    monkeypatch.setattr(captured, "_recorded", recorded)
+
+    def choices(num_particles: int, nbytes: int, num_data: int, capture: captured.Capture) -> list[tuple[int, bool]]:
+        made.clear()
+        blocks = blocks_of(num_particles, 10, nbytes)
+        captured.captured_blocks(pair, weights(pair), (x,), blocks, num_data, capture)
+        return [*made]
+
+    assert choices(10, 100, 999, "auto") == []
+    assert choices(10, 100, 1000, "auto") == [(10, False)]
+    # Two full blocks a datum, and a smaller one.
+    assert choices(25, 100, 500, "auto") == [(10, False)]
+    assert choices(25, 100, 1000, "auto") == [(10, False), (5, False)]
+    # 2000 times 32 MiB, as 1000 blocks of 64; the small blocks hold half as much.
+    assert choices(10, 64 * 2**20, 999, "auto") == []
+    assert choices(10, 64 * 2**20, 1000, "auto") == [(10, True)]
+    assert choices(15, 64 * 2**20, 1000, "auto") == [(10, True), (5, False)]
+    assert choices(25, 100, 1, True) == [(10, True), (5, True)]
+    assert choices(10, 64 * 2**20, 1000, False) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_an_uncompiled_recording_is_bitwise_the_eager_pass(dtype: torch.dtype) -> None:
+    # 110 data of two blocks, one of 31 and one of 30 particles, are recorded; of 60 data the same two are not.
+    pair, x = small_vae().to(dtype), torch.rand(110, 9).gt(0.5).to(dtype)
+    settings: dict[str, Any] = {"num_particles": 61, "seed": 3}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(captured, "BLOCKS_BEFORE_RECORDING", 100)
+        patch.setattr("pyro_vae.runtime.memory.CPU_WORKING_SET", 40 * 9 * x.element_size() * 8)
+        eager, auto = (pv.log_likelihood(pair, x, capture=flag, **settings) for flag in (False, "auto"))
+        few = pv.log_likelihood(pair, x[:60], **settings)
+    for name in ("per_datum", "standard_error", "ess", "pareto_k", "smoothed", "curve", "curve_standard_error"):
+        assert torch.equal(getattr(auto, name), getattr(eager, name)), name
+        assert torch.equal(getattr(auto, name)[..., :60], getattr(few, name)), name
 
 
 class AsksForAValue(pv.Pair):
@@ -119,11 +147,11 @@ class AsksForAValue(pv.Pair):
 
 
 def test_what_cannot_be_recorded_is_eager_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "BYTES_BEFORE_CAPTURE", 1)
+    monkeypatch.setattr(captured, "BYTES_BEFORE_COMPILING", 1)
     pair, x = AsksForAValue(), torch.randn(5)
     with pytest.warns(UserWarning, match=r"test_captured.py:\d+ asks for a tensor's value") as caught:
         ll = pv.log_likelihood(pair, x, num_particles=20, seed=0)
-    assert len(caught) == 1
+    assert [warning.filename for warning in caught] == [__file__]
     assert torch.equal(ll.per_datum, pv.log_likelihood(pair, x, num_particles=20, seed=0, capture=False).per_datum)
     with pytest.raises(CaptureError, match=r"test_captured.py:\d+ asks for a tensor's value"):
         pv.log_likelihood(pair, x, num_particles=20, capture=True)
@@ -157,11 +185,11 @@ def test_products_are_compared_alone_and_once(monkeypatch: pytest.MonkeyPatch) -
         graph(*inputs)
         return graph
 
-    monkeypatch.setattr(chunks, "_FASTER", {})
-    monkeypatch.setattr(chunks, "with_faster_products", faster)
+    monkeypatch.setattr(captured, "_FASTER", {})
+    monkeypatch.setattr(captured, "with_faster_products", faster)
     with evaluation(pair):
         for _ in range(2):
-            chunks.recorded_chunks(pair, weights(pair), (x,), (4, 3), **ALWAYS)
+            captured.captured_blocks(pair, weights(pair), (x[:1],), blocks_of(3, 3), 4, True)
     # Two layers of the encoder, two of the decoder.
     assert compared in ([[torch.ops.aten.addmm.default] * 4], [])
     assert bool(compared) == torch.backends.mkldnn.is_available()

@@ -20,6 +20,7 @@ from pyro_vae.models import LinearGaussianVAE
 from pyro_vae.report.files import forget_likelihood, record_likelihood
 from pyro_vae.report.likelihood_figures import LIKELIHOOD_FIGURES, likelihood_curve, pareto_k
 from tests.support.off_guides import WrongScale
+from tests.support.repetitions import repetitions
 
 
 def made_up(**changed: Any) -> pv.LogLikelihood:
@@ -92,7 +93,7 @@ def test_notes_say_what_a_reader_must_know() -> None:
 
 def test_the_errors_of_the_curve_are_the_spread_of_repeated_curves() -> None:
     pair, repeats = WrongScale(1.4), 400
-    x = torch.randn(1, 3).expand(repeats, 3)
+    x = repetitions(torch.randn(1, 3), repeats)
     ll = pv.log_likelihood(pair, x, num_particles=256, seed=0)
     spread = ll.curve.std(1)
     claimed = (ll.curve_standard_error**2).mean(1).sqrt()

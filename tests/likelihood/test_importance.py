@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -14,8 +16,9 @@ from torch import Tensor, nn
 import pyro_vae as pv
 from pyro_vae.models import SRVAE, VAE, LinearGaussianMixtureVAE, LinearGaussianVAE, LinearTwoStageVAE
 from pyro_vae.pair.inspection import inspect
-from pyro_vae.runtime.memory import CountBytes, chunk_sizes
+from pyro_vae.runtime.memory import CountBytes, block_size, chunk_sizes
 from tests.support.off_guides import WrongScale
+from tests.support.repetitions import repetitions
 
 # Cholesky factors of small, well-conditioned matrices: rounding stays below 1e-11 relative.
 ROUNDING = {"rtol": 1e-10, "atol": 1e-10}
@@ -72,7 +75,7 @@ def test_bounds_are_ordered_and_their_gap_is_the_divergence(factor: float) -> No
 
 def test_the_standard_error_is_the_spread_of_repeated_estimates() -> None:
     pair, repeats = WrongScale(1.4), 300
-    x = torch.randn(1, 3).expand(repeats, 3)
+    x = repetitions(torch.randn(1, 3), repeats)
     ll = pv.log_likelihood(pair, x, num_particles=400, seed=0)
     spread = float(ll.per_datum.std())
     claimed = float((ll.standard_error**2).mean().sqrt())
@@ -83,7 +86,7 @@ def test_the_standard_error_is_the_spread_of_repeated_estimates() -> None:
 
 def test_the_mean_weight_is_unbiased() -> None:
     pair, repeats = WrongScale(1.4), 2000
-    x = torch.randn(1, 3).expand(repeats, 3)
+    x = repetitions(torch.randn(1, 3), repeats)
     for estimate in (pv.log_likelihood, pv.naive_log_likelihood):
         ratios = torch.exp(estimate(pair, x, num_particles=10).per_datum - exact(pair, x[:1]))
         assert abs(float(ratios.mean()) - 1) <= 4 * float(ratios.std()) / repeats**0.5
@@ -153,42 +156,58 @@ def test_bits_of_the_discretised_reading_are_of_a_mass() -> None:
 # Memory
 
 
-def test_chunks_do_not_change_the_value() -> None:
-    pair, x = LinearGaussianVAE(5, 2), torch.randn(200, 5)
-    calls: list[tuple[int, int]] = []
-    whole = pv.log_likelihood(pair, x, num_particles=700, seed=0)
-    small = pv.log_likelihood(
-        pair, x, num_particles=700, memory=100_000, progress=lambda done, total: calls.append((done, total)), seed=0
-    )
-    torch.testing.assert_close(small.per_datum, whole.per_datum, **ROUNDING)
-    torch.testing.assert_close(small.ess, whole.ess, **ROUNDING)
-    assert [done for done, _ in calls] == sorted({done for done, _ in calls})
-    assert calls[-1] == (200, 200)
-
-
 def linear_vae() -> VAE:
     encoder, decoder = nn.Linear(20, 8), nn.Linear(4, 20)
     return VAE((20,), pv.StandardNormal(4), encoder=encoder, decoder=decoder)
 
 
-@pytest.mark.parametrize("memory", [60_000, 200_000, 2_000_000])
+def least_memory(pair: pv.Pair, x: Tensor, num_particles: int) -> int:
+    """Return the least budget, from the error that names it."""
+    with pytest.raises(ValueError, match="raise it to") as error:
+        pv.log_likelihood(pair, x, num_particles=num_particles, memory=1)
+    return int(str(error.value).split("raise it to ")[1].split()[0])
+
+
+@pytest.mark.parametrize("share", [1, 3, 30])
 @pytest.mark.parametrize("make", [linear_vae, lambda: LinearGaussianVAE(20, 4)])
-def test_the_peak_stays_within_the_budget(make: Any, memory: int) -> None:
+def test_the_peak_stays_within_the_budget(make: Any, share: int) -> None:
     pair, x = make(), torch.randn(150, 20)
+    memory = share * least_memory(pair, x, 60)
     with CountBytes() as counter:
         pv.log_likelihood(pair, x, num_particles=60, memory=memory, seed=0)
-    # Beside the chunks there are the data (20 numbers each), their sums and rows (fewer than 20 more).
+    # Beside the blocks there are the data (20 numbers each), their sums and rows (fewer than 20 more).
     assert counter.peak <= memory + 40 * 8 * len(x)
 
 
-def test_a_wide_encoder_does_not_hide_what_particles_take() -> None:
-    # The encoder's B data decide the peak at one and at two particles, the decoder's K × B do at many.
+def test_a_wide_encoder_does_not_hide_what_particles_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The encoder decides the peak at few particles, the decoder at many.
+    monkeypatch.setattr("pyro_vae.runtime.memory.CPU_WORKING_SET", 100_000)
     encoder = nn.Sequential(nn.Linear(20, 2000), nn.Linear(2000, 8))
     pair = VAE((20,), pv.StandardNormal(4), encoder=encoder, decoder=nn.Linear(4, 20))
-    x = torch.randn(128, 20)
+    x = torch.randn(5, 20)
+    memory = least_memory(pair, x, 400)
     with CountBytes() as counter:
-        pv.log_likelihood(pair, x, num_particles=400, memory=6_000_000, seed=0)
-    assert counter.peak <= 6_000_000 + 40 * 8 * len(x)
+        pv.log_likelihood(pair, x, num_particles=400, memory=memory, seed=0)
+    assert counter.peak <= memory + 40 * 8 * len(x)
+    # Nor does it make blocks small: the decoder's particles fill a good part of the working set.
+    size, taken = block_size(lambda size: log_weights(pair, x[:1], size), 400, x.device)
+    assert 50_000 < taken <= 100_000
+    assert size >= 50
+
+
+def log_weights(pair: pv.Pair, x: Tensor, size: int) -> Tensor:
+    with torch.no_grad():
+        return pv.log_terms(pair, x, num_particles=size).log_weights
+
+
+def test_blocks_are_even_and_know_no_budget() -> None:
+    # A particle of 3 MiB: ten fit into 32 MiB.
+    made = lambda size: torch.zeros(size, 3 * 2**17)  # noqa: E731
+    sizes = {k: block_size(made, k, torch.device("cpu")) for k in (1, 10, 11, 25, 100)}
+    assert {k: size for k, (size, _) in sizes.items()} == {1: 1, 10: 10, 11: 6, 25: 9, 100: 10}
+    assert all(taken == size * 3 * 2**20 for size, taken in sizes.values())
+    # One particle may be too large for the working set.
+    assert block_size(lambda size: torch.zeros(size, 5 * 2**20), 7, torch.device("cpu")) == (1, 40 * 2**20)
 
 
 def test_only_what_is_made_inside_is_counted() -> None:
@@ -214,7 +233,7 @@ def test_a_larger_budget_takes_larger_chunks() -> None:
 
 
 def test_too_small_a_budget_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"one datum and one particle take .*memory.*: raise it"):
+    with pytest.raises(ValueError, match=r"one datum and 1000 particles take .*memory.*: raise it"):
         pv.log_likelihood(LinearGaussianVAE(5, 2), torch.randn(3, 5), memory=100, seed=0)
 
 
@@ -234,39 +253,48 @@ def shapes_seen(pair: nn.Module, names: dict[str, int]) -> dict[str, list[tuple[
 
 
 @pytest.mark.parametrize("transition", [None, "delta", "discretised", "gaussian"])
-def test_the_encoder_runs_once_per_chunk_of_particles(transition: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_encoder_runs_once_per_block(transition: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     if transition is None:
         pair, names = linear_vae(), {"q_z.network": 1, "p_x.network": 1}
-        x, memory = torch.randn(300, 20), 400_000
+        x, bytes_at_once = torch.randn(40, 20), 20_000
     else:
         pair, names = srvae(transition), {"q_z.network": 3, "q_u.network": 3, "p_x.network": 1}
-        x, memory = torch.randint(0, 17, (300, 1, 4, 4)) / 16, 8_000_000
-    seen, measured, choice = shapes_seen(pair, names), {}, []
+        x, bytes_at_once = torch.randint(0, 17, (40, 1, 4, 4)) / 16, 400_000
+    monkeypatch.setattr("pyro_vae.runtime.memory.CPU_WORKING_SET", bytes_at_once)
+    seen, before, choice = shapes_seen(pair, names), {}, []
 
     def record(*arguments: Any) -> tuple[int, int]:
-        choice.append(chunk_sizes(*arguments))
-        measured.update({name: len(calls) for name, calls in seen.items()})
+        choice.append(block_size(*arguments))
+        before.update({name: len(calls) for name, calls in seen.items()})
         return choice[0]
 
-    monkeypatch.setattr("pyro_vae.likelihood.importance.chunk_sizes", record)
-    pv.log_likelihood(pair, x, num_particles=100, memory=memory, seed=0)
-    ((data, particles),) = choice
-    sizes = [min(particles, 100 - start) for start in range(0, 100, particles)]
-    rows = [min(data, 300 - start) for start in range(0, 300, data)]
-    assert (len(sizes) > 1, len(rows) > 1) == (True, True), "the budget must cut both, or nothing is shown"
-    chunks = [(size, row) for row in rows for size in sizes]
-    assert seen["q_z.network"][measured["q_z.network"] :] == [(row,) for _, row in chunks]
-    assert seen["p_x.network"][measured["p_x.network"] :] == chunks
+    monkeypatch.setattr("pyro_vae.likelihood.importance.block_size", record)
+    pv.log_likelihood(pair, x, num_particles=101, seed=0, capture=False)
+    ((size, _),) = choice
+    sizes = [min(size, 101 - start) for start in range(0, 101, size)]
+    assert 1 < len(sizes) < 101, "the working set must cut K, or nothing is shown"
+    blocks = [(size, 1) for size in sizes for _ in range(40)]
+    assert seen["q_z.network"][before["q_z.network"] :] == [(1,)] * len(blocks)
+    assert sorted(seen["p_x.network"][before["p_x.network"] :]) == sorted(blocks)
     if transition is not None:
-        # In reading "gaussian" y is drawn, and every particle's has a q(u | y) of its own, all in one call.
-        own = chunks if transition == "gaussian" else [(row,) for _, row in chunks]
-        assert seen["q_u.network"][measured["q_u.network"] :] == own
-    # Before them the pair is run to check the data, name the quantity and measure: one datum, a chunk's data, and
-    # then numbers of particles each half as large again as the one before. No such run is larger than a chunk.
-    tried = seen["p_x.network"][: measured["p_x.network"]]
-    assert seen["q_z.network"][: len(tried)] == [(row,) for _, row in tried]
-    assert all(size <= particles and row <= data for size, row in tried)
-    assert len(tried) <= 4 + math.log(particles, 1.5)
+        # In reading "gaussian" y is drawn, and every particle has its q(u | y), all in one call.
+        own = blocks if transition == "gaussian" else [(1,)] * len(blocks)
+        assert sorted(seen["q_u.network"][before["q_u.network"] :]) == sorted(own)
+    # Before them the pair runs once for facts, on two data, and on one datum to measure a few rising sizes.
+    facts, *measured = seen["p_x.network"][: before["p_x.network"]]
+    assert facts == (1, 2)
+    assert measured[0] == (1, 1)
+    assert all(before[0] < after[0] <= size and after[1] == 1 for before, after in pairwise(measured))
+    assert len(measured) <= 4
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_one_particle_is_measured_once(saved: bool, tmp_path: Path) -> None:
+    pair, x = linear_vae(), torch.randn(5, 20)
+    seen = shapes_seen(pair, {"p_x.network": 1})["p_x.network"]
+    pv.log_likelihood(pair, x, num_particles=1, seed=0, run_dir=tmp_path if saved else None)
+    # Facts, the measurement, and five blocks: a run folder's key needs no further run.
+    assert seen == [(1, 2), (1, 1), *[(1, 1)] * 5]
 
 
 # What is left

@@ -16,6 +16,7 @@ from pyro_vae.likelihood.psis import fit_pareto, pareto_tail, tail_size, trust_t
 from pyro_vae.likelihood.weights import WeightStream, WeightSummary
 from pyro_vae.models import LinearGaussianMixtureVAE, LinearGaussianVAE
 from tests.support.off_guides import WrongScale
+from tests.support.repetitions import repetitions
 
 ROUNDING = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -169,7 +170,7 @@ def test_thresholds_and_the_worst() -> None:
 
 
 def test_smoothing_comes_closer_where_the_tail_is_heavy() -> None:
-    pair, x = WrongScale(0.45), torch.randn(1, 3).expand(3000, 3)
+    pair, x = WrongScale(0.45), repetitions(torch.randn(1, 3), 3000)
     ll = pv.log_likelihood(pair, x, num_particles=200, seed=0)
     truth = pair.exact_log_likelihood(x[:1]).detach()
     raw, smooth = ((estimate - truth) ** 2 for estimate in (ll.per_datum, ll.smoothed))

@@ -16,8 +16,13 @@ from torch import Tensor
 import pyro_vae as pv
 from tests.support.off_guides import WrongScale
 
-# So little memory that 60 data are cut into several chunks, with one particle at a time.
-SETTINGS: dict[str, Any] = {"num_particles": 30, "memory": 9_000, "seed": 3}
+SETTINGS: dict[str, Any] = {"num_particles": 30, "seed": 3}
+
+
+@pytest.fixture(autouse=True)
+def _short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut 60 data into three chunks."""
+    monkeypatch.setattr("pyro_vae.likelihood.importance.CHUNK", 23)
 
 
 class Counted(WrongScale):
@@ -68,25 +73,29 @@ def test_an_interrupted_evaluation_goes_on_to_the_bits_of_an_unbroken_one(
     assert_equal(continued, unbroken)
     assert len(files(tmp_path)) == len(seen) > stop
     assert seen[-1] == (60, 60)
-    # What is kept is not drawn again: the last call only looks the data over, measures, and probes.
+    # Saved chunks are not drawn again: the last call only inspects the data and measures a block.
     Counted.runs = 0
     assert_equal(estimate(pair, x, **SETTINGS, run_dir=tmp_path), unbroken)
     again, Counted.runs = Counted.runs, 0
     estimate(pair, x, **SETTINGS)
-    # A probe less, and each chunk's particles one by one.
-    assert Counted.runs == again + 30 * len(seen) - 1
+    assert Counted.runs == again + 60
 
 
-def test_a_chunk_draws_the_same_whatever_came_before_it() -> None:
-    pair, x = WrongScale(1.4), torch.randn(60, 3)
-    sizes: list[int] = []
-    first = pv.log_likelihood(pair, x, **SETTINGS, progress=lambda done, _: sizes.append(done))
-    other = pv.log_likelihood(pair, torch.cat([x[: sizes[0]] + 1, x[sizes[0] :]]), **SETTINGS)
-    assert not torch.equal(first.per_datum[: sizes[0]], other.per_datum[: sizes[0]])
-    assert torch.equal(first.per_datum[sizes[0] :], other.per_datum[sizes[0] :])
-    # And draws of its own: the same data in two chunks have other estimates.
-    twice = pv.log_likelihood(pair, x[:1].expand(60, 3), **SETTINGS).per_datum
-    assert twice[0] != twice[sizes[0]]
+def test_chunks_are_resumed_with_another_budget(tmp_path: Path) -> None:
+    pair, x = Counted(1.4), torch.randn(60, 3)
+    whole = pv.log_likelihood(pair, x, **SETTINGS, run_dir=tmp_path)
+    before = {path: path.read_bytes() for path in files(tmp_path)}
+    assert_equal(pv.log_likelihood(pair, x, **SETTINGS, memory=200_000, run_dir=tmp_path), whole)
+    assert {path: path.read_bytes() for path in files(tmp_path)} == before
+
+
+def test_chunks_of_version_one_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair, x = WrongScale(1.4), torch.randn(20, 3)
+    with monkeypatch.context() as patched:
+        patched.setattr("pyro_vae.likelihood.saved_chunks.FORMAT", "pyro_vae log-likelihood chunk")
+        pv.log_likelihood(pair, x, **SETTINGS, run_dir=tmp_path)
+    pv.log_likelihood(pair, x, **SETTINGS, run_dir=tmp_path)
+    assert len(files(tmp_path)) == len({path.parent for path in files(tmp_path)}) == 2
 
 
 def test_nothing_of_another_evaluation_is_used(tmp_path: Path) -> None:
@@ -95,7 +104,7 @@ def test_nothing_of_another_evaluation_is_used(tmp_path: Path) -> None:
     trained, attribute = copy.deepcopy(pair), copy.deepcopy(pair)
     with torch.no_grad():
         trained.bias += 1e-15
-    # No parameter tells these two apart: what their programs compute does.
+    # The same parameters, another program.
     attribute.factor = 1.3
     others: list[tuple[Any, Any, Tensor, dict[str, Any]]] = [
         (pv.log_likelihood, trained, x, {}),
@@ -104,7 +113,6 @@ def test_nothing_of_another_evaluation_is_used(tmp_path: Path) -> None:
         (pv.log_likelihood, pair, x[:29], {}),
         (pv.log_likelihood, pair, x, {"num_particles": 31}),
         (pv.log_likelihood, pair, x, {"seed": 4}),
-        (pv.log_likelihood, pair, x, {"memory": 20_000}),
         (pv.naive_log_likelihood, pair, x, {}),
     ]
     for estimate, other, data, changed in others:

@@ -16,6 +16,7 @@ import torch
 
 import pyro_vae as pv
 from pyro_vae.cli.runs import load_run
+from pyro_vae.likelihood.shared import shared_log_likelihood
 from pyro_vae.runtime.distributed import Processes
 from pyro_vae.training.run_folder import load_state
 from tests.support.processes_case import TRAJECTORIES, trajectory
@@ -103,7 +104,7 @@ def test_one_process_is_left_alone() -> None:
 
 def test_more_processes_than_data_are_refused() -> None:
     with pytest.raises(ValueError, match="there are 2 data for 3 processes"):
-        Processes(0, 3).log_likelihood(pv.log_likelihood, torch.zeros(2, 4), seed=0)
+        shared_log_likelihood(Processes(0, 3), pv.log_likelihood, torch.zeros(2, 4), seed=0)
 
 
 def test_the_command_line_prints_and_writes_once(folder: Path, found: list[dict[str, Any]]) -> None:

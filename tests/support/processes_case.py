@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import pyro_vae as pv
 from pyro_vae.cli.main import main as command_line
+from pyro_vae.likelihood.shared import shared_log_likelihood
 from pyro_vae.models import VAE, LinearGaussianVAE
 from pyro_vae.runtime.distributed import join
 
@@ -141,7 +142,7 @@ def likelihoods() -> dict[str, Tensor]:
     def estimate(part: Tensor, seed: int) -> pv.LogLikelihood:
         return pv.log_likelihood(pair, part, num_particles=4, seed=seed)
 
-    ll = join().log_likelihood(estimate, x, seed=0)
+    ll = shared_log_likelihood(join(), estimate, x, seed=0)
     return {"estimate": ll.per_datum, "curve": ll.curve, "exact": pair.exact_log_likelihood(x).detach()}
 
 

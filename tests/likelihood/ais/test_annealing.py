@@ -16,6 +16,7 @@ from pyro_vae.likelihood.ais.hmc import HMC
 from pyro_vae.likelihood.ais.path import AnnealingPath
 from pyro_vae.likelihood.ais.temperatures import geometric_schedule, sigmoidal_schedule
 from pyro_vae.models import VAE, LinearGaussianVAE, LinearTwoStageVAE
+from tests.support.repetitions import repetitions
 
 ROUNDING = {"rtol": 1e-9, "atol": 1e-9}
 
@@ -138,7 +139,7 @@ def test_more_temperatures_come_closer() -> None:
 
 
 def test_one_temperature_is_the_naive_estimate() -> None:
-    pair, x = LinearGaussianVAE(3, 2), torch.randn(1, 3).expand(4000, 3)
+    pair, x = LinearGaussianVAE(3, 2), repetitions(torch.randn(1, 3), 4000)
     annealed = pv.annealed_log_likelihood(pair, x, num_temperatures=1, num_chains=2, seed=0).per_datum
     naive = pv.naive_log_likelihood(pair, x, num_particles=2, seed=1).per_datum
     assert abs(annealed.mean() - naive.mean()) <= 4 * math.hypot(float(annealed.std()), float(naive.std())) / 4000**0.5

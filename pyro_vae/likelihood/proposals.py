@@ -1,0 +1,96 @@
+"""Proposals: distributions that an importance-sampling estimate draws the latents from."""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from pyro_vae.pair.inspection import Inspection
+from pyro_vae.pair.pair import Pair
+from pyro_vae.pair.site import Site
+from pyro_vae.pair.trace import log_terms, run_model, trace_pair
+
+__all__ = ["GuideProposal", "PriorProposal", "Proposal"]
+
+
+class Proposal(abc.ABC):
+    """Draw latents of a pair and weigh them: w = p(x, z) / r(z), z ~ r(z | x).
+
+    Args:
+        pair: the pair.
+    """
+
+    name: ClassVar[str]
+    """Name for the keys of saved chunks."""
+
+    def __init__(self, pair: Pair) -> None:
+        self.pair = pair
+
+    @abc.abstractmethod
+    def log_weights(self, batch: tuple[Tensor, ...], num_particles: int) -> Tensor:
+        """Return log w of K fresh draws per datum, (K, B), in nats.
+
+        Args:
+            batch: ``x`` (B, …) and the pair's conditions.
+            num_particles: K.
+        """
+
+    @abc.abstractmethod
+    def site_log_densities(self, batch: tuple[Tensor, ...], num_particles: int) -> dict[str, Tensor]:
+        """Return the log-densities that :meth:`log_weights` sums at the same seed, (K, B), by the site's description.
+
+        An estimate names the site to blame by them.
+
+        Args:
+            batch, num_particles: as for :meth:`log_weights`.
+        """
+
+    @abc.abstractmethod
+    def quantity(self, inspection: Inspection) -> str:
+        """Return the name of the quantity that the weights estimate."""
+
+
+class GuideProposal(Proposal):
+    """The pair's guide: w = p(x, z) / q(z | x)."""
+
+    name = "guide"
+
+    def log_weights(self, batch: tuple[Tensor, ...], num_particles: int) -> Tensor:
+        terms = log_terms(self.pair, *batch, num_particles=num_particles)
+        # A draw where the guide's density is infinite would count as impossible.
+        return torch.where(terms.log_guide.isposinf(), math.nan, terms.log_weights)
+
+    def site_log_densities(self, batch: tuple[Tensor, ...], num_particles: int) -> dict[str, Tensor]:
+        trace = trace_pair(self.pair, *batch, num_particles=num_particles)
+        return _described("guide", trace.guide) | _described("model", trace.model)
+
+    def quantity(self, inspection: Inspection) -> str:
+        return inspection.quantity
+
+
+class PriorProposal(Proposal):
+    """The model's prior: w = p(x | z)."""
+
+    name = "prior"
+
+    def log_weights(self, batch: tuple[Tensor, ...], num_particles: int) -> Tensor:
+        return torch.stack([site.log_prob for site in self._observed(batch, num_particles).values()]).sum(0)
+
+    def site_log_densities(self, batch: tuple[Tensor, ...], num_particles: int) -> dict[str, Tensor]:
+        return _described("model", self._observed(batch, num_particles))
+
+    def quantity(self, inspection: Inspection) -> str:
+        return inspection.prior_quantity
+
+    def _observed(self, batch: tuple[Tensor, ...], num_particles: int) -> dict[str, Site]:
+        sites = run_model(self.pair, *batch, num_particles=num_particles)
+        return {name: site for name, site in sites.items() if site.is_observed}
+
+
+def _described(program: str, sites: Mapping[str, Site]) -> dict[str, Tensor]:
+    return {f"the {program}'s site '{name}'": site.log_prob for name, site in sites.items()}
