@@ -30,14 +30,12 @@ __all__ = ["Capture", "LogWeights", "captured_blocks", "check_capture"]
 # Log-weights (k, 1) of one datum and k draws.
 LogWeights: TypeAlias = Callable[[tuple[Tensor, ...], int], Tensor]
 Capture: TypeAlias = Literal["auto"] | bool
-# "auto" records once this many blocks of a size are to come. A recording takes as long as about a hundred eager blocks
-# spend in Pyro's handlers, 2 to 3 ms each.
-BLOCKS_BEFORE_RECORDING = 100
+# "auto" records once this many blocks of a size are to come. Each spends 1 to 3 ms in Pyro's handlers. The first
+# recording of a process takes 1 to 3 s, mostly imports, a later one 0.2 s.
+BLOCKS_BEFORE_RECORDING = 1000
 # It compiles once the blocks' tensors hold this much. They take half a minute or more, compiling 5 to 15 s. No time is
 # measured: a seeded estimate must repeat exactly.
 BYTES_BEFORE_COMPILING = 2000 * CPU_WORKING_SET
-# Fewer eager blocks than this cost a few seconds at most, and no warning is due.
-BLOCKS_BEFORE_WARNING = 2000
 # Whether oneDNN's matmuls were faster, by shapes and threads: timed once, so that an estimate repeats exactly.
 _FASTER: dict[Any, bool] = {}
 
@@ -71,8 +69,7 @@ def captured_blocks(
         numbers up to rounding from a compiled one.
 
     Raises:
-        CaptureError: for ``capture=True`` and a program that cannot be recorded. "auto" is eager then, and warns if
-            many blocks are to come.
+        CaptureError: for ``capture=True`` and a program that cannot be recorded. "auto" warns and is eager.
     """
     replays: dict[int, Callable[[tuple[Tensor, ...]], Tensor]] = {}
     for size, count in Counter(blocks.sizes).items():
@@ -85,8 +82,7 @@ def captured_blocks(
         except CaptureError as reason:
             if capture is True:
                 raise
-            if compiled or to_come >= BLOCKS_BEFORE_WARNING:
-                warnings.warn(f"log-weights come from Pyro's eager pass, which is slower: {reason}", stacklevel=6)
+            warnings.warn(f"log-weights come from Pyro's eager pass, which is slower: {reason}", stacklevel=6)
             break
 
     def captured(datum: tuple[Tensor, ...], size: int) -> Tensor:

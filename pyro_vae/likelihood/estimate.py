@@ -1,4 +1,4 @@
-"""What an estimate of a log-likelihood holds, and how it reads: one table, in a terminal and in a report."""
+"""The result of a log-likelihood estimate, and its table for a terminal and a report."""
 
 from __future__ import annotations
 
@@ -9,30 +9,35 @@ from rich.cells import cell_len
 from torch import Tensor
 
 from pyro_vae.likelihood.psis import trust_threshold
-from pyro_vae.pair.inspection import inspect
-from pyro_vae.pair.pair import Pair
 
-__all__ = ["LogLikelihood", "likelihood_notes", "likelihood_rows", "quantity_of"]
+__all__ = ["LogLikelihood", "likelihood_notes", "likelihood_rows"]
 
-# How many of the worst data a table names.
+# The table names this many of the worst data.
 NAMED = 5
-# With so few effective draws the delta method's error is itself of the order of the estimate's bias.
+# With so few effective draws the delta method's error is of the order of the estimate's bias.
 FEW_EFFECTIVE = 10
 
 
 class LogLikelihood(NamedTuple):
-    """An estimated log-likelihood, per datum, in nats.
+    """Estimated log-likelihood per datum, in nats.
 
-    ``per_datum`` (B,) is L_K = log (1/K) Σ_k w_k, in expectation at most the ``quantity`` it estimates;
-    ``standard_error`` (B,) its Monte Carlo error by the delta method, NaN for K = 1; ``ess`` (B,) the effective sample
-    size (Σ w)² / Σ w². ``quantity`` says what was estimated: "log p(x)", "lower bound on log p(x)" where the guide
-    fixes a discrete site to a point mass, or a joint density such as "log p(x, y)" where it fixes a continuous one.
+    Check ``pareto_k`` first: above ``threshold`` neither the estimate nor its error can be trusted.
 
-    ``pareto_k`` (B,) is the shape k̂ of the weights' tail: the error is not to be trusted above ``threshold``. It is −∞
-    for weights that are equal up to rounding, and NaN for K < 25. ``smoothed`` (B,) is L_K with the tail
-    Pareto-smoothed. ``curve`` (J, B) holds L_1, L_2, L_4, … up to the largest power of two within K, each the mean over
-    disjoint blocks of the same draws, so that its later entries rest on fewer blocks; ``curve_standard_error`` (J, B)
-    are their Monte Carlo errors, from the spread of the blocks, at the last entry by the delta method.
+    Args:
+        per_datum: L_K = log (1/K) Σ_k w_k, in expectation at most ``quantity``, (B,).
+        standard_error: Monte Carlo error of ``per_datum`` by the delta method, (B,); NaN for K = 1.
+        ess: effective sample size (Σ w)² / Σ w², (B,).
+        num_particles: K.
+        quantity: name of the estimated quantity. It is "log p(x)"; "lower bound on log p(x)" if the guide fixes a
+            discrete site to a point mass; a joint density, e.g. "log p(x, y)", if it fixes a continuous one.
+        discrete: whether every observed site is a probability mass.
+        num_dimensions: D, entries of one datum.
+        pareto_k: shape k̂ of the weights' tail, (B,); −∞ for weights that are equal up to rounding, NaN for K < 25.
+        smoothed: L_K with a Pareto-smoothed tail, (B,).
+        curve: L_1, L_2, L_4, … up to the largest power of two within K, (J, B). Each is a mean over disjoint groups of
+            the same draws; later entries have fewer groups.
+        curve_standard_error: Monte Carlo errors of ``curve`` from the spread of the groups, (J, B); the last one is
+            by the delta method.
     """
 
     per_datum: Tensor
@@ -54,24 +59,24 @@ class LogLikelihood(NamedTuple):
 
     @property
     def mean_standard_error(self) -> float:
-        """The mean's standard error as an estimate for the population that the data are a sample of; NaN for one."""
+        """Standard error of the mean over the data's population, Monte Carlo error included; NaN for one datum."""
         if len(self.per_datum) < 2:
             return math.nan
         return float(self.per_datum.std() / math.sqrt(len(self.per_datum)))
 
     @property
     def mean_monte_carlo_error(self) -> float:
-        """The part of the mean's error that more particles would remove."""
+        """Monte Carlo error of the mean, the part that more particles would remove."""
         return float((self.standard_error**2).sum().sqrt() / len(self.per_datum))
 
     @property
     def threshold(self) -> float:
-        """The k̂ above which a datum's estimate is not to be trusted, min(1 − 1/log10 K, 0.7); NaN for K < 25."""
+        """The k̂ up to which an estimate can be trusted, min(1 − 1/log10 K, 0.7); NaN for K < 25."""
         return trust_threshold(self.num_particles)
 
     @property
     def share_above_threshold(self) -> float:
-        """The share of data whose k̂ is above the threshold; NaN for K < 25."""
+        """The share of data with k̂ above the threshold; NaN for K < 25."""
         if math.isnan(self.threshold):
             return math.nan
         return float((self.pareto_k > self.threshold).double().mean())
@@ -83,7 +88,7 @@ class LogLikelihood(NamedTuple):
 
     @property
     def has_bits(self) -> bool:
-        """Whether bits per dimension mean something: a mass on discrete data, of x alone."""
+        """Whether bits per dimension have a meaning: a mass on discrete data, of x alone."""
         return self.discrete and self.quantity.endswith("log p(x)")
 
     @property
@@ -91,7 +96,7 @@ class LogLikelihood(NamedTuple):
         """−log p(x) / (D log 2), for a probability mass on discrete data; see ``has_bits``.
 
         Raises:
-            ValueError: for a density, whose value depends on the data's unit, and for a joint density.
+            ValueError: for a density, since its value depends on the data's unit, and for a joint density.
         """
         if not self.quantity.endswith("log p(x)"):
             raise ValueError(f"bits per dimension are of p(x) alone; this is {self.quantity}")
@@ -107,12 +112,12 @@ class LogLikelihood(NamedTuple):
         return [1 << j for j in range(len(self.curve))]
 
     def record(self) -> dict[str, Any]:
-        """Return what is to be reported of the set as numbers, lists and strings, fit for JSON.
+        """Return the numbers of a report, fit for JSON.
 
-        A number that is not finite is a string: "nan", "inf" or "-inf".
+        A number that is not finite becomes a string: "nan", "inf" or "-inf".
         """
         spread = (self.curve_standard_error**2).sum(1).sqrt() / len(self.per_datum)
-        # Equal weights, k̂ = −∞, are no one's worst, and without k̂ there is none.
+        # Equal weights have k̂ = −∞: such a datum is not among the worst.
         worst = [[i, k] for i in self.worst[:NAMED].tolist() if (k := float(self.pareto_k[i])) > -math.inf]
         curve = zip(self.curve_particles, self.curve.mean(1).tolist(), spread.tolist(), strict=True)
         record: dict[str, Any] = {
@@ -141,7 +146,7 @@ class LogLikelihood(NamedTuple):
 
 
 def likelihood_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the table of a :meth:`LogLikelihood.record`: what each number is, and the number with its error."""
+    """Return the table of a :meth:`LogLikelihood.record`: labels, and numbers with their errors."""
     number = _numbers(record)
     mean = f"{number['mean']:.3f} ± {number['standard_error']:.3f} nats (mean over data ± standard error)"
     if record["data"] == 1:
@@ -170,52 +175,37 @@ def likelihood_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def likelihood_notes(record: dict[str, Any]) -> list[str]:
-    """Return what a reader of a :meth:`LogLikelihood.record` must know of it, in sentences."""
+    """Return warnings for the reader of a :meth:`LogLikelihood.record`, in sentences."""
     number, notes = _numbers(record), []
     if number["median_ess"] < FEW_EFFECTIVE < record["num_particles"]:
         notes.append(
-            f"Fewer than {FEW_EFFECTIVE} of {record['num_particles']} draws carry the weight of a typical "
-            "datum: the guide misses part of the posterior, and the estimate lies below the truth by more than its "
-            "error tells. Raise the number of particles, or train the guide further."
+            f"Fewer than {FEW_EFFECTIVE} of {record['num_particles']} draws carry the weight of a typical datum. Raise "
+            "the number of particles, or train the guide further: the guide misses part of the posterior, and the "
+            "estimate is too low by more than its error."
         )
     if number["share_above_threshold"] > 0:
         notes.append(
             f"Pareto k̂ is above {number['threshold']:.2f} for {100 * number['share_above_threshold']:.1f} % of the "
-            "data: their weights have so heavy a tail that neither their estimate nor its error is to be trusted; both "
-            "are too small more often than too large. Raise the number of particles, widen or train the guide, or "
-            "anneal these data (`pv.annealed_log_likelihood`)."
+            "data. Do not trust their estimates and errors; both tend to be too small. Raise the number of particles, "
+            "widen or train the guide, or anneal these data (`pv.annealed_log_likelihood`)."
         )
     if record["quantity"].startswith("log p(x, "):
         notes.append(
-            "The guide fixes a continuous site to a point mass, so this is a joint log-density: it depends on that "
-            "site's unit and does not compare with a log p(x)."
+            "The guide fixes a continuous site to a point mass, so this is a joint log-density. It depends on that "
+            "site's unit; do not compare it with a log p(x)."
         )
     return notes
 
 
 def _numbers(record: dict[str, Any]) -> dict[str, float]:
-    """Return a record's numbers, those that are not finite among them, as floats."""
+    """Return a record's numbers as floats, also those that are not finite."""
     return {name: float(value) for name, value in record.items() if name != "quantity" and not isinstance(value, list)}
 
 
 def _fit_for_json(value: Any) -> Any:
-    """Put strings for what JSON has no number for."""
+    """Put strings for numbers that JSON lacks."""
     if isinstance(value, dict):
         return {name: _fit_for_json(entry) for name, entry in value.items()}
     if isinstance(value, list):
         return [_fit_for_json(entry) for entry in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def quantity_of(pair: Pair, *batch: Tensor) -> str:
-    """Say what the pair's log-weights estimate, from its sites.
-
-    Args:
-        pair: any pair.
-        batch: a few data and their conditions.
-
-    Returns:
-        "log p(x)"; "lower bound on log p(x)" where the guide puts a point mass on a discrete site; the joint density,
-        "log p(x, y)", where it puts one on a continuous site ``y``.
-    """
-    return inspect(pair, batch).quantity

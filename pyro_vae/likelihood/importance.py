@@ -61,9 +61,9 @@ def log_likelihood(
         run_dir: folder to save finished chunks of 128 data in; it needs a seed. Call again with the same arguments to
             resume an interrupted evaluation. The result is bitwise equal to an uninterrupted one, unless it is compiled
             and the two processes time matmuls differently.
-        capture: "auto" replays a recording of the pair's programs if many blocks are to come, with the same bits. It
-            compiles the recording if the blocks hold 2000 times 32 MiB, and warns if a long estimate cannot be
-            recorded. True always compiles, or raises; False always uses Pyro's eager pass.
+        capture: "auto" replays a recording of the pair's programs if 1000 blocks are to come, with the same bits. It
+            compiles the recording if the blocks hold 2000 times 32 MiB, and warns of a program that it cannot record.
+            True always compiles, or raises; False always uses Pyro's eager pass.
 
     Returns:
         :class:`LogLikelihood`.

@@ -1,4 +1,4 @@
-"""The tail of importance weights: Pareto k̂, which tells whether an estimate can be trusted, and the smoothed sum."""
+"""The tail of importance weights: Pareto k̂, a diagnostic of an estimate's reliability, and the smoothed sum."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 
 __all__ = ["fit_pareto", "pareto_tail", "tail_size", "trust_threshold"]
 
-# Five tail weights at least, of which the fit makes something; their number is a fifth of K here.
+# The fit needs five tail weights; at this K they are a fifth of all.
 FEWEST = 25
-# A weakly informative prior on k̂, worth ten weights at ½, keeps it from running off for short tails.
+# A weakly informative prior on k̂, worth ten weights at ½, stabilises it for short tails.
 PRIOR_WEIGHTS, PRIOR_SHAPE = 10, 0.5
 
 
 def tail_size(num_particles: int) -> int:
-    """Return M = ⌈min(K/5, 3 √K)⌉, how many of the largest weights count as their tail; 0 below K = 25.
+    """Return the size of the tail, M = ⌈min(K/5, 3 √K)⌉ of the largest weights; 0 below K = 25.
 
     >>> tail_size(5000)
     213
@@ -42,13 +42,13 @@ def fit_pareto(excesses: Tensor) -> tuple[float, float]:
     """Return shape k and scale σ of the generalised Pareto distribution of excesses over a threshold.
 
     p(y) = (1/σ) (1 + k y / σ)^(−1/k − 1).   With θ = −k/σ the likelihood is maximal over k at
-    k(θ) = mean log(1 − θ y); θ is its posterior mean on a grid, under a weak prior that the data's quartile sets.
+    k(θ) = mean log(1 − θ y). θ is its posterior mean on a grid; the quartile of the excesses sets a weak prior.
 
     Args:
         excesses: positive, ascending, (M,), float64.
 
     Returns:
-        k and σ; k is drawn towards ½ as if by ten more observations.
+        k and σ; k is shrunk towards ½ as by ten more observations.
 
     Reference:
         Zhang and Stephens (2009), A new and efficient estimation method for the generalized Pareto distribution,
@@ -76,7 +76,7 @@ def fit_pareto(excesses: Tensor) -> tuple[float, float]:
 
 
 def pareto_tail(log_tail: Tensor, num_particles: int, dtype: torch.dtype) -> tuple[float, float]:
-    """Return k̂ of one datum's weights and by how much smoothing changes the log of their tail's sum.
+    """Return k̂ of one datum's weights, and the change of the log of their tail's sum by smoothing.
 
     The M largest weights less the next one are fitted by a generalised Pareto distribution; smoothing puts its
     quantiles at (i − ½)/M in their place, none above the largest weight.
@@ -84,7 +84,7 @@ def pareto_tail(log_tail: Tensor, num_particles: int, dtype: torch.dtype) -> tup
     Args:
         log_tail: the M + 1 largest log-weights, (M + 1,), nats.
         num_particles: K.
-        dtype: in which the log-weights were computed.
+        dtype: dtype that the log-weights were computed in.
 
     Returns:
         k̂, and log Σ smoothed − log Σ raw over the tail, in nats. Weights that are equal up to rounding have no tail:
@@ -103,7 +103,7 @@ def pareto_tail(log_tail: Tensor, num_particles: int, dtype: torch.dtype) -> tup
     # Log-densities of hundreds of nats lose half their digits at worst when they are summed and subtracted.
     if top - float(ordered[0]) <= torch.finfo(dtype).eps ** 0.5 * max(1.0, abs(top)):
         return -math.inf, 0.0
-    # Below the smallest float the cutoff is that float, so that excesses keep their digits.
+    # Below the smallest float the cutoff is that float: excesses keep their digits.
     cutoff = max(float(ordered[0]) - top, math.log(torch.finfo(torch.float64).tiny))
     relative = ordered[1:] - top
     tied, above = relative[relative <= cutoff], relative[relative > cutoff]

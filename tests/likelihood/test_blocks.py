@@ -70,6 +70,7 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     Of 40 data the full blocks are recorded, the last ones are eager, and so are all blocks of fewer data.
     """
     monkeypatch.setattr("pyro_vae.likelihood.importance.CHUNK", 16)
+    monkeypatch.setattr("pyro_vae.likelihood.captured.BLOCKS_BEFORE_RECORDING", 100)
     monkeypatch.setattr("pyro_vae.runtime.memory.CPU_WORKING_SET", 30_000)
 
 

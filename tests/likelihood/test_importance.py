@@ -184,13 +184,13 @@ def test_a_wide_encoder_does_not_hide_what_particles_take(monkeypatch: pytest.Mo
     monkeypatch.setattr("pyro_vae.runtime.memory.CPU_WORKING_SET", 100_000)
     encoder = nn.Sequential(nn.Linear(20, 2000), nn.Linear(2000, 8))
     pair = VAE((20,), pv.StandardNormal(4), encoder=encoder, decoder=nn.Linear(4, 20))
-    x = torch.randn(128, 20)
-    memory = least_memory(pair, x, 4000)
+    x = torch.randn(5, 20)
+    memory = least_memory(pair, x, 400)
     with CountBytes() as counter:
-        pv.log_likelihood(pair, x, num_particles=4000, memory=memory, seed=0)
+        pv.log_likelihood(pair, x, num_particles=400, memory=memory, seed=0)
     assert counter.peak <= memory + 40 * 8 * len(x)
     # Nor does it make blocks small: the decoder's particles fill a good part of the working set.
-    size, taken = block_size(lambda size: log_weights(pair, x[:1], size), 4000, x.device)
+    size, taken = block_size(lambda size: log_weights(pair, x[:1], size), 400, x.device)
     assert 50_000 < taken <= 100_000
     assert size >= 50
 
@@ -275,11 +275,11 @@ def test_the_encoder_runs_once_per_block(transition: Any, monkeypatch: pytest.Mo
     assert 1 < len(sizes) < 101, "the working set must cut K, or nothing is shown"
     blocks = [(size, 1) for size in sizes for _ in range(40)]
     assert seen["q_z.network"][before["q_z.network"] :] == [(1,)] * len(blocks)
-    assert seen["p_x.network"][before["p_x.network"] :] == blocks
+    assert sorted(seen["p_x.network"][before["p_x.network"] :]) == sorted(blocks)
     if transition is not None:
         # In reading "gaussian" y is drawn, and every particle has its q(u | y), all in one call.
         own = blocks if transition == "gaussian" else [(1,)] * len(blocks)
-        assert seen["q_u.network"][before["q_u.network"] :] == own
+        assert sorted(seen["q_u.network"][before["q_u.network"] :]) == sorted(own)
     # Before them the pair runs once for facts, on two data, and on one datum to measure a few rising sizes.
     facts, *measured = seen["p_x.network"][: before["p_x.network"]]
     assert facts == (1, 2)

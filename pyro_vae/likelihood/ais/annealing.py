@@ -17,6 +17,7 @@ from pyro_vae.pair.checks import check_batch
 from pyro_vae.pair.inspection import inspect
 from pyro_vae.pair.modes import device_of, evaluation
 from pyro_vae.pair.pair import Pair
+from pyro_vae.pair.weights import weight_sums
 from pyro_vae.predict.generate import generate
 from pyro_vae.runtime.random_state import own_random_state
 
@@ -27,16 +28,21 @@ __all__ = [
     "bidirectional_log_likelihood",
 ]
 
-# Chains side by side at most: their states, gradients and decoded means are in memory together.
+# Chains side by side at most: the states, gradients and decoded means of all of them are in memory.
 CHAINS = 4096
 
 
 class AnnealedLogLikelihood(NamedTuple):
-    """An annealed estimate of ``quantity`` per datum, in nats.
+    """Annealed estimate of ``quantity`` per datum, in nats.
 
-    ``per_datum`` (B,) is in expectation at most the quantity; ``standard_error`` (B,) its Monte Carlo error by the
-    delta method, NaN for one chain; ``ess`` (B,) the effective number of chains; ``acceptance`` (B,) the mean
-    acceptance probability of the transitions.
+    Args:
+        per_datum: the estimate, in expectation at most the quantity, (B,).
+        standard_error: its Monte Carlo error by the delta method, (B,); NaN for one chain.
+        ess: effective number of chains, (B,).
+        acceptance: mean acceptance probability of the transitions, (B,).
+        num_chains: C.
+        num_temperatures: T.
+        quantity: name of the quantity, e.g. "log p(x)".
     """
 
     per_datum: Tensor
@@ -61,10 +67,16 @@ class AnnealedLogLikelihood(NamedTuple):
 
 
 class BidirectionalLogLikelihood(NamedTuple):
-    """Bounds on log p(x) of data ``x`` (N, …) that the model itself has drawn, each (N,), in nats.
+    """Bounds on log p(x) of data drawn from the model, in nats.
 
-    E ``lower`` ≤ log p(x) ≤ E ``upper``. With probability at least 1 − ``delta``, for each datum, log p(x) lies in
-    [``low``, ``high``] = [lower − log(2/δ), upper + log(2/δ)]; the raw bounds alone promise nothing about one run.
+    E lower ≤ log p(x) ≤ E upper. For each datum, log p(x) lies in [low, high] = [lower − log(2/δ), upper + log(2/δ)]
+    with probability at least 1 − δ. The raw bounds alone promise nothing about one run.
+
+    Args:
+        x: simulated data, (N, …).
+        lower, upper: bounds in expectation, (N,).
+        low, high: the interval, (N,).
+        delta: δ.
     """
 
     x: Tensor
@@ -76,7 +88,7 @@ class BidirectionalLogLikelihood(NamedTuple):
 
     @property
     def gap(self) -> float:
-        """The mean of upper − lower: what is not known about the mean log-likelihood, in expectation."""
+        """The mean of upper − lower: the expected uncertainty about the mean log-likelihood."""
         return float((self.upper - self.lower).mean())
 
     def __repr__(self) -> str:
@@ -101,8 +113,8 @@ def annealed_log_likelihood(
 
     log w = Σ_t (β_t − β_{t−1}) [log p(x, z_t) − log p_0(z_t)],   p_0 the prior or the guide,   E w = p(x)
 
-    Between the terms z moves by Hamiltonian Monte Carlo at β_t. Step sizes come from a pilot run of its own, tuned to
-    accept 0.65 of the proposals, and are frozen afterwards, so that E w = p(x) holds to the letter.
+    Between the terms z moves by Hamiltonian Monte Carlo at β_t. A pilot run with other draws tunes the step sizes to
+    accept 0.65 of the proposals. They are frozen afterwards, which keeps E w = p(x) exact.
 
     Args:
         pair: any pair whose latent sites are real-valued, except those that the guide fixes to a point mass.
@@ -141,14 +153,11 @@ def annealed_log_likelihood(
             parts.append((_forward(sampler, path.draw(), betas, steps), sampler.acceptance))
             if progress is not None:
                 progress(sum(part[0].shape[1] for part in parts), len(batch[0]))
-    log_weights = torch.cat([part[0] for part in parts], 1).cpu()
-    first, second = torch.logsumexp(log_weights, 0), torch.logsumexp(2 * log_weights, 0)
-    ess = torch.exp(2 * first - second)
-    variance = (num_chains / ess - 1).clamp(min=0) / (num_chains - 1) if num_chains > 1 else math.nan * ess
+    sums = weight_sums(torch.cat([part[0] for part in parts], 1).cpu())
     return AnnealedLogLikelihood(
-        first - math.log(num_chains),
-        variance.sqrt(),
-        ess,
+        sums.log_mean,
+        sums.standard_error,
+        sums.ess,
         torch.cat([part[1] for part in parts]).cpu(),
         num_chains,
         num_temperatures,
@@ -170,11 +179,11 @@ def bidirectional_log_likelihood(
 ) -> BidirectionalLogLikelihood:
     """Bound log p(x) from both sides on data simulated from the model.
 
-    A simulated x comes with an exact posterior draw z. Annealing run backwards from it gives E [1/w] = 1/p(x), so that
-    −log of the mean of 1/w is an upper bound in expectation, as the forward run's log-mean is a lower one.
+    A simulated x comes with an exact posterior draw z. Annealing backwards from z gives E [1/w] = 1/p(x). Hence −log of
+    the mean of 1/w is an upper bound in expectation. The log-mean of w of a forward run is a lower bound.
 
     Args:
-        pair: any pair whose latent sites are all real-valued and none a point mass in the guide.
+        pair: any pair with real-valued latent sites, none of them a point mass in the guide.
         num_data: N, data to simulate.
         conditions: the model's conditions, N rows each.
         num_temperatures, num_chains, start, schedule, leapfrog_steps, seed: as for :func:`annealed_log_likelihood`.
@@ -211,7 +220,7 @@ def bidirectional_log_likelihood(
             path = AnnealingPath(pair, tuple(tensor.to(device)[rows] for tensor in batch), num_chains, start)
             path.refuse_point_masses()
             sampler = HMC(path, leapfrog_steps)
-            # Tuned without a look at the posterior draw, on which the backward weights would else depend twice.
+            # Tuned on other draws than the posterior draw: the backward weights would depend on it twice.
             steps = tuned_steps(sampler, path.draw(), betas)
             forward = _forward(sampler, path.draw(), betas, steps)
             backward = _backward(sampler, path.posterior_draw(simulated.latents, rows), betas, steps)
@@ -234,7 +243,7 @@ def _forward(sampler: HMC, z: Tensor, betas: Tensor, steps: Tensor) -> Tensor:
 
 
 def _backward(sampler: HMC, z: Tensor, betas: Tensor, steps: Tensor) -> Tensor:
-    """Return log-weights (C, B) along the same path run the other way, from posterior draws."""
+    """Return log-weights (C, B) along the same path in the other direction, from posterior draws."""
     log_weights = torch.zeros(z.shape[:2], dtype=torch.float64, device=z.device)
     state = sampler.at(z)
     for t in range(len(betas) - 1, 0, -1):

@@ -1,4 +1,4 @@
-"""Hamiltonian Monte Carlo on many chains at once, as annealing needs it."""
+"""Hamiltonian Monte Carlo on many chains at once."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ __all__ = ["HMC", "State", "tuned_steps"]
 TARGET_ACCEPTANCE = 0.65
 # A change of log step per transition of this many times the error in acceptance settles within a few dozen transitions.
 GAIN = 0.5
-# Every step is jittered by this much, so that no trajectory's length is a multiple of a target's period.
+# Every step is jittered by this much: a trajectory as long as a target's period would return to its start.
 JITTER = 0.2
-# The pilot run's temperatures, and its moves at the first one, which mend a first step that is off by a factor of 20.
+# The pilot run's temperatures, and its moves at the first one. They correct a first step that is off by a factor of 20.
 PILOT = 100
 WARM_UP = 20
 
 
 class Path(Protocol):
-    """Densities log p_0 and log p(x, ·) that a chain's state has."""
+    """The log-densities log p_0 and log p(x, ·) at chains' states."""
 
     def log_densities(self, z: Tensor) -> tuple[Tensor, Tensor]: ...
 
@@ -56,7 +56,7 @@ class HMC:
         self._sum, self._moves = torch.tensor(0.0), 0
 
     def forget(self) -> None:
-        """Begin to count acceptance anew."""
+        """Restart the count of acceptance."""
         self._sum, self._moves = torch.zeros_like(self._sum), 0
 
     @property
@@ -111,7 +111,7 @@ class HMC:
 def tuned_steps(sampler: HMC, z: Tensor, betas: Tensor) -> Tensor:
     """Return step sizes per temperature and datum, (T + 1, B), from a pilot run that is thrown away.
 
-    The pilot visits about a hundred temperatures. What it learns does not depend on the draws of the run that follows.
+    The pilot visits about a hundred temperatures. Step sizes do not depend on the draws of the run that follows.
 
     Args:
         sampler: of the path.

@@ -20,7 +20,7 @@ Start: TypeAlias = Literal["prior", "guide"]
 
 
 class AnnealingPath:
-    """The densities that annealing goes between, on all latents of all sites laid side by side, z (C, B, L)."""
+    """The two densities of an annealing run, on all latents of all sites side by side, z (C, B, L)."""
 
     def __init__(self, pair: Pair, batch: tuple[Tensor, ...], num_chains: int, start: Start) -> None:
         self.pair, self.batch, self.num_chains, self.start = pair, batch, num_chains, start
@@ -37,10 +37,10 @@ class AnnealingPath:
         return self._lay_out({name: sites[name].value for name in self.sites})
 
     def posterior_draw(self, latents: dict[str, Tensor], rows: Tensor) -> Tensor:
-        """Return each datum's own latents for every chain, (C, B, L)."""
+        """Return each datum's simulated latents for every chain, (C, B, L)."""
         chosen = {}
         for name, site in self.sites.items():
-            # One draw without an axis of particles, as the model drew it.
+            # One draw, without an axis of particles.
             value = latents[name].movedim(site.data_dim, 0)[rows.to(latents[name].device)]
             chosen[name] = site.lay_out(value.movedim(0, site.data_dim))
         return self._lay_out(chosen)
@@ -57,7 +57,7 @@ class AnnealingPath:
         return log_start, log_joint
 
     def refuse_point_masses(self) -> None:
-        """Raise where the guide fixes a site, whose simulated value would not be the guide's."""
+        """Refuse a guide that fixes a site: a simulated value would differ from the guide's."""
         for name in self.fixed:
             raise ValueError(
                 f"the guide fixes site '{name}' to a point mass at a function of x, where a simulated '{name}' is not: "

@@ -1,4 +1,4 @@
-"""Inverse temperatures of an annealing run, as functions of their number."""
+"""Inverse temperatures of an annealing run, by their number."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def geometric_schedule(num_temperatures: int) -> Tensor:
 
 
 def sigmoidal_schedule(num_temperatures: int) -> Tensor:
-    """Return inverse temperatures from 0 to 1 that lie densest at both ends, β_t ∝ σ(8t/T − 4) − σ(−4).
+    """Return inverse temperatures from 0 to 1, densest at both ends, β_t ∝ σ(8t/T − 4) − σ(−4).
 
     Args:
         num_temperatures: T.
