@@ -89,7 +89,7 @@ class Taped:
     """One run of a program on tensors without values.
 
     Args:
-        value: what the program returned.
+        value: the result of the program.
         given: the tensors that it was given: state and inputs.
         leaves: the parameters that a gradient was taken of.
         gradients: the gradient of each leaf; None where there is none.
@@ -131,7 +131,7 @@ def record(
 
     Raises:
         CaptureError: naming the line that cannot be captured.
-        StateChangedError: naming what the program sets.
+        StateChangedError: naming the attribute or variable.
 
     >>> from pyro_vae.models import LinearGaussianVAE
     >>> pair = LinearGaussianVAE(3, 1)

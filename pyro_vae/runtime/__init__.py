@@ -1,1 +1,1 @@
-"""Random state, memory, files and processes: what every long run needs."""
+"""Random state, memory, files and processes, for every long run."""

@@ -23,7 +23,7 @@ def check_precision(precision: Precision | None, tf32: bool, device: torch.devic
     """Refuse an unknown precision, and TF32 on a device or in a precision without it.
 
     Raises:
-        ValueError: naming the argument and what it may be.
+        ValueError: naming the argument and its choices.
     """
     if precision is not None and precision not in DTYPES:
         raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(get_args(Precision))}")

@@ -88,7 +88,7 @@ class RunFolder:
             save_parameters(pair, self.path / "checkpoint" / "pair.safetensors")
 
     def save_failed_batch(self, rows: list[Tensor], epoch: int) -> str:
-        """Save a batch whose loss is not finite, and what is held; return where they are, as a part of a sentence."""
+        """Save a batch whose loss is not finite, and the last epoch; return their place as a part of a sentence."""
         if self.path is None:
             return ""
         path = self.path / "non_finite_batch.pt"

@@ -75,7 +75,7 @@ def batches(pair: pv.Pair, sizes: tuple[int, ...] = (6, 6, 2)) -> list[tuple[Ten
     x = [binary(size, *pair.x_shape, seed=i) for i, size in enumerate(sizes)]
     if isinstance(pair, VGAE):
         # Graphs: symmetric, without loops.
-        x = [upper + upper.mT for upper in (tensor.triu(1) for tensor in x)]
+        x = [(upper + upper.mT).bool() for upper in (tensor.triu(1) for tensor in x)]
     free = any(isinstance(module, pv.FreeGaussian) for module in pair.modules())
     return [(tensor, torch.arange(len(tensor))) if free else (tensor,) for tensor in x]
 

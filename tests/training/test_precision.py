@@ -85,7 +85,7 @@ def test_draws_and_densities_are_in_single_precision(name: str) -> None:
     with mixed(list(inspect(pair, batch).networks), CPU):
         trace = trace_pair(pair, *batch)
         for site in (*trace.guide.values(), *trace.model.values()):
-            assert site.drawn.dtype in (torch.float32, torch.int64)
+            assert site.drawn.dtype in (torch.float32, torch.int64, torch.bool)
             assert site.fn.log_prob(site.drawn).dtype == torch.float32
 
 
