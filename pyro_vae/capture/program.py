@@ -147,8 +147,10 @@ def record(
     def operations(*given: Tensor) -> tuple[Tensor, ...]:
         values = list(given[: len(held)])
         with torch.set_grad_enabled(trained is not None):
-            for i in range(state.parameters_count if trained is not None else 0):
-                values[i] = values[i].detach().requires_grad_(i in (trained or ()))
+            for i, parameter in enumerate(state.parameters):
+                # torch's matmul folds a batch into its rows or not by this flag, and rounds accordingly.
+                takes = parameter.requires_grad if trained is None else i in trained
+                values[i] = values[i].detach().requires_grad_(takes)
             tape = Tape([values[i] for i in trained or ()], seed=scale)
             with tape, swapped(state.pair, {id(t): new for t, new in zip(held, values, strict=True)}):
                 value = program(*given[len(held) :])

@@ -33,7 +33,7 @@ class Evaluate:
     size: int | None = None
     """Number of test data, after a seeded shuffle; all by default."""
     memory: int = 512
-    """MiB for the tensors of one chunk."""
+    """Memory that tensors may take, in MiB."""
     data_root: str | None = None
     """Folder of the data sets."""
     seed: int = 0

@@ -63,6 +63,9 @@ def data_hashes(batch: tuple[Tensor, ...]) -> list[str]:
 
 def _rows(tensor: Tensor) -> list[bytes]:
     size = math.prod(tensor.shape[1:])
+    if tensor.is_floating_point():
+        # −0 equals 0, and its bytes then too.
+        tensor = tensor + 0.0
     rows = tensor.detach().cpu().contiguous().reshape(len(tensor), size).view(torch.uint8)
     return [row.tobytes() for row in rows.numpy()]
 

@@ -46,7 +46,8 @@ def check_capture(capture: Capture) -> None:
     Raises:
         ValueError: for such a value.
     """
-    if capture not in ("auto", True, False):
+    # 0 and 1 equal False and True, and are neither.
+    if capture != "auto" and not isinstance(capture, bool):
         raise ValueError(f"capture is {capture!r}; it must be 'auto', True or False")
 
 

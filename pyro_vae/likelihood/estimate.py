@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import torch
 from rich.cells import cell_len
 from torch import Tensor
 
@@ -66,8 +67,14 @@ class LogLikelihood(NamedTuple):
 
     @property
     def mean_monte_carlo_error(self) -> float:
-        """Monte Carlo error of the mean, the part that more particles would remove."""
-        return float((self.standard_error**2).sum().sqrt() / len(self.per_datum))
+        """Monte Carlo error of the mean, the part that more particles would remove.
+
+        Equal data have equal draws, and so the same error, which adds up among them.
+        """
+        drawn = torch.stack([self.per_datum, self.standard_error])
+        _, group = torch.unique(drawn, dim=1, return_inverse=True)
+        sums = torch.zeros_like(self.standard_error).index_add_(0, group, self.standard_error)
+        return float(sums.square().sum().sqrt() / len(self.per_datum))
 
     @property
     def threshold(self) -> float:

@@ -53,17 +53,17 @@ def log_likelihood(
         pair: any pair.
         batch: ``x`` (B, …) and the pair's conditions.
         num_particles: K.
-        memory: bytes that tensors may take at once, as measured. It never changes the estimate. A block takes at most
-            32 MiB on a CPU and 256 MiB on a CUDA device, unless one particle takes more.
+        memory: most bytes that tensors take at once; the need of one block is measured. It never changes the estimate.
+            A block takes at most 32 MiB on a CPU and 256 MiB on a CUDA device, unless one particle takes more.
         seed: of the draws; fresh entropy by default.
         progress: whether to draw a progress bar, which appears after a second; or a function, called with the data done
             and the data in all.
         run_dir: folder to save finished chunks of 128 data in; it needs a seed. Call again with the same arguments to
             resume an interrupted evaluation. The result is bitwise equal to an uninterrupted one, unless it is compiled
             and the two processes time matmuls differently.
-        capture: "auto" replays a recording of the pair's programs if 1000 blocks are to come, with the same bits. It
-            compiles the recording if the blocks hold 2000 times 32 MiB, and warns of a program that it cannot record.
-            True always compiles, or raises; False always uses Pyro's eager pass.
+        capture: "auto" replays a recording of the pair's programs from 1000 blocks on, with the same bits. It compiles
+            the recording for long estimates, of about 64 GiB of tensors in all. It warns of a program that it cannot
+            record. True always compiles, or raises; False always uses Pyro's eager pass.
 
     Returns:
         :class:`LogLikelihood`.
@@ -123,6 +123,10 @@ class _Settings:
 
     def check(self) -> None:
         check_capture(self.capture)
+        for name in ("num_particles", "memory", "seed"):
+            value = getattr(self, name)
+            if not (type(value) is int or (name == "seed" and value is None)):
+                raise ValueError(f"{name} is {value!r}; it must be an int: int({name})")
         if self.num_particles < 1:
             raise ValueError(f"num_particles is {self.num_particles}; it counts draws per datum and must be at least 1")
         if self.run_dir is not None and self.seed is None:
@@ -234,7 +238,8 @@ class _Estimator:
                 self.proposal.log_weights,
                 single(self.batch, 0),
                 self.blocks,
-                len(self.batch[0]) - rows.start,
+                # All data, also where a part is saved: a resumed estimate then makes the same choice.
+                len(self.batch[0]),
                 self.capture,
             )
         starts = range(rows.start, rows.stop, self.side_by_side)

@@ -86,8 +86,8 @@ def check_loss(
 
     Raises:
         ValueError: for a Pyro loss that cannot see the pair's parameters, K for a Pyro ELBO, β for a loss without a
-            divergence to weight, closed divergences if their conditions fail, and an objective without a gradient
-            through the guide's draws.
+            divergence to weight, closed divergences if their conditions fail, an objective that does not return one
+            number per datum, and one without a gradient through the guide's draws.
     """
     name = getattr(loss, "__name__", type(loss).__name__)
     if name.startswith("Jit") or isinstance(loss, ReweightedWakeSleep):
@@ -99,14 +99,16 @@ def check_loss(
             f"beta weighs the divergence of Pyro's ELBOs; {name} has no such term: leave beta at 1, or use the "
             "objective beta_elbo(beta)"
         )
+    # As the pair trains: it may sample other sites then, which this run refuses.
+    trace = inspection.training
     if isinstance(loss, TraceMeanField_ELBO):
-        trace = inspection.training
         _check_order(list(trace.guide), [name for name, site in trace.model.items() if not site.is_observed])
         _check_reparameterised(trace)
     if isinstance(loss, PairLoss):
         loss.check(inspection, batch)
     if not isinstance(loss, ELBO):
-        _check_reparameterised(inspection.training)
+        _check_reparameterised(trace)
+        _check_shape(name, loss(trace.terms), len(trace.data))
         # fit moves and saves the numbers that are modules of the pair, and no others.
         if (annealed := getattr(loss, "annealed", None)) is not None and annealed not in list(
             inspection.pair.modules()
@@ -115,6 +117,15 @@ def check_loss(
                 f"{getattr(loss, '__name__', 'the objective')} follows a number that is no module of the pair, and "
                 "nothing would move it: store it as an attribute of the pair"
             )
+
+
+def _check_shape(name: str, value: object, size: int) -> None:
+    shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+    if shape != (size,):
+        raise ValueError(
+            f"{name} returns {shape} for {size} data; an objective returns one number per datum, ({size},): reduce "
+            "over the particles, the first dimension, and over nothing else"
+        )
 
 
 def _check_order(guide: list[str], model: list[str]) -> None:

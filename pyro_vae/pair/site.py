@@ -50,6 +50,9 @@ class Site:
         self._dims: dict[str, int] = {frame.name: frame.dim for frame in frames}
         self._sizes: dict[str, int] = {frame.name: frame.size for frame in frames}
 
+    def __repr__(self) -> str:
+        return f"Site(name={self.name!r}, {self.family}, plates={self.plates}, is_observed={self.is_observed})"
+
     @property
     def is_observed(self) -> bool:
         """Whether the program observed the site in this run."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ class SiteTerms(NamedTuple):
     log_guide: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LogTerms:
     """Log-densities per particle and datum, each (K, B), in nats.
 
@@ -37,6 +37,9 @@ class LogTerms:
     log_prior: Tensor
     log_guide: Tensor
     latents: Mapping[str, SiteTerms] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        raise TypeError("LogTerms is no tuple: read .log_lik, .log_prior, .log_guide and .latents by name")
 
     @property
     def log_weights(self) -> Tensor:

@@ -154,7 +154,7 @@ class Averaging:
         self.device = self.parameters[0].device
         tensors = [*module.parameters(), *module.buffers()]
         first = processes.from_first(lambda: [tensor.detach().cpu() for tensor in tensors])
-        # Integers travel in double precision, which is exact for them, beside the loss.
+        # Integers travel in double precision, which is exact for them up to 2**53, beside the loss.
         wide = [torch.empty_like(b, dtype=None if b.is_floating_point() else torch.float64) for b in self._buffers()]
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         # The number of data, then for each parameter how many processes have a gradient. On the CPU: they are read.

@@ -45,10 +45,10 @@ def working_set(device: torch.device) -> int:
 def block_size(run: Callable[[int], Any], num_particles: int, device: torch.device) -> tuple[int, int]:
     """Return the particles of a block, and its bytes.
 
-    A block fills the device's working set, and K particles make blocks of equal size, up to one particle. The size
-    depends on ``run``, K and the type of device only, not on a budget. The peak is measured at a few rising sizes,
-    since an encoder may set it for few particles and the decoder for many. n times the particles take at most n times
-    the bytes, so no measurement exceeds the working set; one particle alone may.
+    A block fills the device's working set, and K particles make blocks of about equal size; the last one has the rest.
+    The size depends on ``run``, K and the type of device only, not on a budget. The peak is measured at a few rising
+    sizes, since an encoder may set it for few particles and the decoder for many. n times the particles take at most n
+    times the bytes, so no measurement exceeds the working set; one particle alone may.
 
     Args:
         run: called with a number of particles.

@@ -100,7 +100,7 @@ def fit(
         batch_size: data per step and process. The last batch of an epoch may be shorter.
         loss: a Pyro ELBO (``Trace_ELBO()`` by default), which is minimised, or an objective such as
             :func:`~pyro_vae.objectives.iwae`, which is maximised.
-        num_particles: draws of z per datum for an objective. Give it to a Pyro ELBO instead where ``loss`` is one, e.g.
+        num_particles: draws of z per datum for an objective. A Pyro ELBO has its number, e.g.
             ``Trace_ELBO(num_particles=5)``.
         validation: held-out data, or the share of ``data`` to hold out.
         optimizer: a function from the parameters to a torch optimiser; fused Adam with ``lr`` by default.
@@ -113,12 +113,12 @@ def fit(
         clip_norm: largest global norm of the gradient.
         patience: epochs without a better validation loss after which training stops. The best parameters are then
             restored.
-        capture: "auto", True or False. A captured step traces the first steps and replays the recorded tensor
-            operations: bitwise the results of Pyro's eager step, and faster. "auto" captures steps that come often, and
-            falls back to eager steps, with one warning, if the pair cannot be captured; True raises instead; False is
-            always eager. If your model reads a Python value that changes during training, store it as an attribute of
-            an ``nn.Module``, or use False. On a GPU the step becomes one CUDA graph, if the optimiser is fused or
-            capturable.
+        capture: "auto", True or False. A captured step traces one step and replays the recorded tensor operations:
+            bitwise the results of Pyro's eager step, and faster. "auto" captures after 50 eager steps of one shape, and
+            falls back to eager steps, with one warning, if the pair cannot be captured; True captures at once and
+            raises instead; False is always eager. If your model reads a Python value that changes during training,
+            store it as an attribute of an ``nn.Module``, or use False. On a GPU the step becomes one CUDA graph, if the
+            optimiser is fused or capturable.
         compiled: whether to compile the captured step. It takes seconds to a minute, pays in long runs and needs a C++
             compiler. Results are then equal up to rounding.
         precision: "float32" or "float64" convert pair and data; None leaves them as they are. "bf16-mixed" runs the
@@ -175,7 +175,8 @@ def fit(
 
 
 def _check_capture(capture: Capture, compiled: bool) -> None:
-    if capture not in ("auto", True, False):
+    # 0 and 1 equal False and True, and are neither.
+    if capture != "auto" and not isinstance(capture, bool):
         raise ValueError(f"capture is {capture!r}; it must be 'auto', True or False")
     if compiled and capture is False:
         raise ValueError("compiled asks for the recording of a run with capture=False: leave one of them out")

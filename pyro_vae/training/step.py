@@ -1,8 +1,8 @@
 """One training step, run eagerly, and the parts that every kind of step shares.
 
 A :class:`Step` runs the guide and the model on one batch, takes the gradient of the loss, and lets the optimiser move
-the parameters. It returns the mean loss per datum, in nats. ``fit`` calls steps and nothing else: a faster kind of step
-is one more function that returns one (see :mod:`pyro_vae.training.captured_step`).
+the parameters. It returns the mean loss per datum, in nats. ``fit`` only calls steps. To add a faster kind, write
+another function that returns a ``Step``, as :mod:`pyro_vae.training.captured_step` does.
 
 Reading a scalar from a GPU synchronises. On a GPU a step may therefore return its loss as a tensor, for ``fit`` to read
 later. If that loss is not finite, the step passes zero gradients to the optimiser.
@@ -48,7 +48,7 @@ class Step(Protocol):
     """Move the parameters once, by one batch; return the mean loss per datum, in nats.
 
     Call it with ``x`` and the pair's conditions, ``step(x, condition)``, or with one
-    :class:`~pyro_vae.runtime.batches.Batch`. ``beta`` weighs the divergence.
+    :class:`~pyro_vae.runtime.batches.Batch`. ``beta`` multiplies log p(z) − log q(z | x).
 
     On a CPU a loss or gradient that is not finite raises :class:`NonFiniteLossError`, and no parameter moves. On a GPU
     the step returns the loss as a tensor () without synchronising: NaN then marks such a batch.
@@ -61,7 +61,7 @@ class Average(Protocol):
     """Combine the gradients of several processes that have each run the backward pass on a share of the batch.
 
     Put sums over processes into ``p.grad``; return the sums of the loss and of the number of data, whose ratio is the
-    mean loss. A loss that is not finite in one process is not finite in all of them.
+    mean loss. If the loss is not finite in one process, every process gets a sum that is not finite.
     """
 
     def __call__(self, total: float | Tensor, size: int) -> tuple[float | Tensor, float | Tensor]: ...

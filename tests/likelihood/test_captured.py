@@ -198,3 +198,34 @@ def test_products_are_compared_alone_and_once(monkeypatch: pytest.MonkeyPatch) -
 def test_another_value_of_capture_is_refused() -> None:
     with pytest.raises(ValueError, match=re.escape("capture is 'yes'; it must be 'auto', True or False")):
         pv.log_likelihood(small_vae(), torch.ones(2, 9), capture="yes")  # type: ignore[arg-type]
+
+
+class MatrixFirst(pv.Pair):
+    """Parameters to the left of a batched tensor, where torch's matmul looks at ``requires_grad``."""
+
+    x_shape = (4,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.inverse = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(3, 4))
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(3), 1.0).to_event(1))
+            loc = (self.weight @ z.unsqueeze(-1)).squeeze(-1)
+            pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            loc = (self.inverse @ x.unsqueeze(-1)).squeeze(-1)
+            pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_recording_has_the_eager_bits_with_a_matrix_to_the_left(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    pair, x = MatrixFirst().to(dtype), torch.randn(3, 4, dtype=dtype)
+    eager = pv.log_likelihood(pair, x, num_particles=333, seed=0, capture=False)
+    monkeypatch.setattr(captured, "BLOCKS_BEFORE_RECORDING", 1)
+    assert torch.equal(pv.log_likelihood(pair, x, num_particles=333, seed=0).per_datum, eager.per_datum)

@@ -76,7 +76,9 @@ def test_what_is_not_known_is_said() -> None:
 
 
 def test_the_record_is_json_also_where_a_number_is_not_finite() -> None:
-    ll = made_up(per_datum=torch.tensor([-1.0]), pareto_k=torch.tensor([math.inf]), curve=torch.full((2, 1), -math.inf))
+    one = torch.tensor([-1.0])
+    infinite = {"pareto_k": torch.tensor([math.inf]), "curve": torch.full((2, 1), -math.inf)}
+    ll = made_up(per_datum=one, standard_error=torch.zeros(1), **infinite)
     record = json.loads(json.dumps(ll.record(), allow_nan=False))
     assert likelihood_rows(record) == likelihood_rows(ll.record())
     assert dict(likelihood_rows(record))["log p(x)"] == "-1.000 nats (one datum)"
@@ -291,3 +293,13 @@ def test_data_of_the_wrong_kind_are_refused_with_what_would_take_them(likelihood
     for estimate in (pv.log_likelihood, pv.naive_log_likelihood):
         with pytest.raises(ValueError, match=r"6 values outside the support of site 'x' .* use a Bernoulli"):
             estimate(pair, x)
+
+
+def test_equal_data_share_their_error_and_negative_zero_is_zero() -> None:
+    pair, one = WrongScale(0.8), torch.randn(1, 3)
+    once = pv.log_likelihood(pair, one, num_particles=50, seed=0)
+    twice = pv.log_likelihood(pair, one.expand(9, 3), num_particles=50, seed=0)
+    assert twice.mean_monte_carlo_error == pytest.approx(once.mean_monte_carlo_error, rel=1e-12)
+    zero = torch.zeros(1, 3)
+    plus, minus = (pv.log_likelihood(pair, x, num_particles=50, seed=0).per_datum for x in (zero, -zero))
+    assert torch.equal(plus, minus)

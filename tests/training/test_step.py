@@ -325,3 +325,37 @@ def test_iwae_is_never_below_the_elbo_of_the_same_weights() -> None:
 def test_iwae_does_not_overflow() -> None:
     zero = torch.zeros(3, 2)
     torch.testing.assert_close(iwae(LogTerms(zero - 1e5, zero, zero)), torch.full((2,), -1e5))
+
+
+class TrainsAnotherModel(pv.Pair):
+    """The model has a second latent while training, which the guide lacks."""
+
+    x_shape = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loc = nn.Parameter(torch.zeros(()))
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            if self.training:
+                z = z + pyro.sample("u", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.loc, 1.0))
+
+
+def test_a_latent_that_the_guide_lacks_in_training_only_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"the model samples \['u'\], the guide does not"):
+        pv.fit(TrainsAnotherModel(), torch.randn(8), epochs=1, batch_size=4, progress=False)
+
+
+@pytest.mark.parametrize(
+    "objective", [lambda t: t.log_weights.mean(), lambda t: t.log_weights, lambda t: float(t.log_weights.sum())]
+)
+def test_an_objective_returns_one_number_per_datum(objective: Any) -> None:
+    with pytest.raises(ValueError, match=r"returns .* for 2 data; an objective returns one number per datum"):
+        pv.fit(LinearGaussianVAE(4, 2), torch.randn(8, 4), epochs=1, batch_size=4, loss=objective, progress=False)
