@@ -27,7 +27,8 @@ class Site:
     """One sample site of one run of a program.
 
     Pyro orders a tensor's batch dimensions by the plates' ``dim``. A site lays its value and its log-density out as
-    (K, B, …) instead, K only if the program ran under a plate of particles.
+    (K, B, …) instead. The axis K is absent if the program ran without a plate of particles. ``drawn`` is the value in
+    Pyro's order.
 
     Args:
         node: Pyro's dictionary for the site.
