@@ -12,8 +12,10 @@ from torch import Tensor
 
 from pyro_vae.objectives.bounds import Objective
 from pyro_vae.pair.inspection import Inspection
+from pyro_vae.pair.modes import device_of
 from pyro_vae.pair.pair import Pair, Program
 from pyro_vae.pair.trace import PairTrace, pyro_traces
+from pyro_vae.runtime.random_state import own_random_state
 
 __all__ = ["WEIGHED", "Loss", "PairLoss", "check_loss"]
 
@@ -108,7 +110,9 @@ def check_loss(
         loss.check(inspection, batch)
     if not isinstance(loss, ELBO):
         _check_reparameterised(trace)
-        _check_shape(name, loss(trace.terms), len(trace.data))
+        with own_random_state(0, device_of(inspection.pair)), torch.no_grad():
+            value = loss(trace.terms)
+        _check_shape(name, value, len(trace.data))
         # fit moves and saves the numbers that are modules of the pair, and no others.
         if (annealed := getattr(loss, "annealed", None)) is not None and annealed not in list(
             inspection.pair.modules()
