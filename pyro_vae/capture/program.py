@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,10 +17,33 @@ from torch.fx import GraphModule
 from pyro_vae.capture.python_state import PairState, Snapshot, swapped
 from pyro_vae.capture.tracer import CaptureError, Tape, traced
 
-__all__ = ["Layout", "Program", "Signature", "StateChangedError", "Taped", "layout", "record"]
+__all__ = [
+    "Capture",
+    "Layout",
+    "Program",
+    "Signature",
+    "StateChangedError",
+    "Taped",
+    "check_capture",
+    "layout",
+    "record",
+]
 
+# Whether to capture; "auto" decides by how much is to be computed.
+Capture: TypeAlias = Literal["auto"] | bool
 # Shape, strides and dtype of each tensor.
 Layout: TypeAlias = tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...]
+
+
+def check_capture(capture: Capture) -> None:
+    """Refuse any other value than "auto", True and False.
+
+    Raises:
+        ValueError: for such a value.
+    """
+    # 0 and 1 equal False and True, and are neither.
+    if capture != "auto" and not isinstance(capture, bool):
+        raise ValueError(f"capture is {capture!r}; it must be 'auto', True or False")
 
 
 def layout(tensors: Sequence[Tensor]) -> Layout:

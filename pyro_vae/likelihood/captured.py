@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,18 +18,17 @@ from torch.fx import Graph, GraphModule, Node
 
 from pyro_vae.capture.inductor import compile_graph
 from pyro_vae.capture.onednn import through_onednn, with_faster_products
-from pyro_vae.capture.program import record
+from pyro_vae.capture.program import Capture, record
 from pyro_vae.capture.python_state import PairState
 from pyro_vae.capture.tracer import CaptureError
 from pyro_vae.likelihood.blocks import Blocks
 from pyro_vae.pair.pair import Pair
 from pyro_vae.runtime.memory import CPU_WORKING_SET
 
-__all__ = ["Capture", "LogWeights", "captured_blocks", "check_capture"]
+__all__ = ["LogWeights", "captured_blocks"]
 
 # Log-weights (k, 1) of one datum and k draws.
 LogWeights: TypeAlias = Callable[[tuple[Tensor, ...], int], Tensor]
-Capture: TypeAlias = Literal["auto"] | bool
 # "auto" records once this many blocks of a size are to come. Each spends 1 to 3 ms in Pyro's handlers. The first
 # recording of a process takes 1 to 3 s, mostly imports, a later one 0.2 s.
 BLOCKS_BEFORE_RECORDING = 1000
@@ -38,17 +37,6 @@ BLOCKS_BEFORE_RECORDING = 1000
 BYTES_BEFORE_COMPILING = 2000 * CPU_WORKING_SET
 # Whether oneDNN's matmuls were faster, by shapes and threads: timed once, so that an estimate repeats exactly.
 _FASTER: dict[Any, bool] = {}
-
-
-def check_capture(capture: Capture) -> None:
-    """Refuse any other value than "auto", True and False.
-
-    Raises:
-        ValueError: for such a value.
-    """
-    # 0 and 1 equal False and True, and are neither.
-    if capture != "auto" and not isinstance(capture, bool):
-        raise ValueError(f"capture is {capture!r}; it must be 'auto', True or False")
 
 
 def captured_blocks(

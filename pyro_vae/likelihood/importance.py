@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pyro_vae.capture.program import Capture, check_capture
 from pyro_vae.likelihood.blocks import Blocks, data_hashes, single
-from pyro_vae.likelihood.captured import Capture, LogWeights, captured_blocks, check_capture
+from pyro_vae.likelihood.captured import LogWeights, captured_blocks
 from pyro_vae.likelihood.estimate import LogLikelihood
 from pyro_vae.likelihood.proposals import GuideProposal, PriorProposal, Proposal
 from pyro_vae.likelihood.saved_chunks import SavedChunks, evaluation_key

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import pyro
 import rich.progress
@@ -13,6 +13,7 @@ import torch
 from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 
+from pyro_vae.capture.program import Capture, check_capture
 from pyro_vae.objectives.bounds import elbo
 from pyro_vae.objectives.loss import WEIGHED, Loss, check_loss
 from pyro_vae.pair.inspection import Inspection, inspect
@@ -31,7 +32,6 @@ from pyro_vae.training.trainer import NonFiniteBatchError, Trainer
 
 __all__ = ["Run", "fit"]
 
-Capture = Literal["auto"] | bool
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 MakeScheduler = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
 # Capturing a program takes about as long as this many small steps: "auto" waits until a kind of step has come as often.
@@ -68,7 +68,7 @@ def fit(
     warmup: int = 0,
     clip_norm: float | None = None,
     patience: int | None = None,
-    capture: Literal["auto"] | bool = "auto",
+    capture: Capture = "auto",
     compiled: bool = False,
     precision: Precision | None = None,
     tf32: bool = False,
@@ -175,9 +175,7 @@ def fit(
 
 
 def _check_capture(capture: Capture, compiled: bool) -> None:
-    # 0 and 1 equal False and True, and are neither.
-    if capture != "auto" and not isinstance(capture, bool):
-        raise ValueError(f"capture is {capture!r}; it must be 'auto', True or False")
+    check_capture(capture)
     if compiled and capture is False:
         raise ValueError("compiled asks for the recording of a run with capture=False: leave one of them out")
 
