@@ -5,6 +5,7 @@ Outside ``pyro_vae.pair``, read a :class:`Site` in place of Pyro's site dictiona
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +15,7 @@ from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
+from torch.distributions import constraints
 
 __all__ = ["DATA", "PARTICLES", "Site", "bare", "is_point_mass", "sites_of"]
 
@@ -21,6 +23,20 @@ __all__ = ["DATA", "PARTICLES", "Site", "bare", "is_point_mass", "sites_of"]
 PARTICLES, DATA = "particles", "data"
 # Exact types: a subclass, e.g. OneHots of Independent, is a family of its own.
 WRAPPERS = (torch.distributions.Independent, Independent, ExpandedDistribution, MaskedDistribution)
+# The real line, half-lines and intervals. Their ends are attributes; an open and a closed end differ by no mass.
+INTERVALS = tuple(
+    map(
+        type,
+        (
+            constraints.real,
+            constraints.positive,
+            constraints.nonnegative,
+            constraints.less_than(0.0),
+            constraints.unit_interval,
+            constraints.half_open_interval(0.0, 1.0),
+        ),
+    )
+)
 
 
 class Site:
@@ -105,6 +121,14 @@ class Site:
         while hasattr(support, "base_constraint"):
             support = support.base_constraint
         return support
+
+    @property
+    def interval(self) -> tuple[Any, Any] | None:
+        """Lower and upper end of :attr:`entry_support`, numbers or tensors; None unless it is an interval."""
+        support = self.entry_support
+        if self.is_discrete or not isinstance(support, INTERVALS):
+            return None
+        return getattr(support, "lower_bound", -math.inf), getattr(support, "upper_bound", math.inf)
 
     @property
     def plates(self) -> tuple[str, ...]:

@@ -280,7 +280,8 @@ def check_measures(trace: PairTrace) -> None:
     """Refuse a guide with a density where the model has a mass, or the reverse: their ratio is no weight.
 
     Raises:
-        ValueError: for such a site, and for a point mass outside the support of the model's site.
+        ValueError: for such a site, for a point mass outside the support of the model's site, and for a continuous site
+            whose guide covers another interval than its prior.
     """
     for name, site in trace.guide.items():
         other = trace.model[name]
@@ -294,6 +295,29 @@ def check_measures(trace: PairTrace) -> None:
                 f"site '{name}' is {'discrete' if other.is_discrete else 'continuous'} in the model but not in "
                 "the guide: a mass over a density is no weight; give both the same kind of distribution"
             )
+        else:
+            _check_same_interval(site, other)
+
+
+def _check_same_interval(site: Site, prior: Site) -> None:
+    """Refuse a guide that misses a part of its prior's support, where nothing is drawn, or that leaves it.
+
+    Densities outside their support are zero, NaN or, with Pyro's validation off, finite numbers without a meaning. Only
+    supports that are intervals, entry by entry, are compared.
+    """
+    covered, whole = site.interval, prior.interval
+    if covered is None or whole is None:
+        return
+    lower, upper = (torch.as_tensor(mine) - theirs for mine, theirs in zip(covered, whole, strict=True))
+    # Two infinite ends have no difference.
+    narrower, wider = bool(((lower > 0) | (upper < 0)).any()), bool(((lower < 0) | (upper > 0)).any())
+    if narrower or wider:
+        fault = "never draws from a part of it" if narrower else "draws outside it, where weights are zero or undefined"
+        raise ValueError(
+            f"site '{site.name}': the guide's {site.family} has support {site.entry_support}, the prior's "
+            f"{prior.family} has {prior.entry_support}, and the guide {fault}; give both the same support, e.g. a "
+            "LogNormal guide for a positive site"
+        )
 
 
 def _programs(pair: Pair) -> tuple[Callable[..., Any], Callable[..., Any]]:
