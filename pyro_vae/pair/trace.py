@@ -309,7 +309,7 @@ def _check_same_interval(site: Site, prior: Site) -> None:
     if covered is None or whole is None:
         return
     lower, upper = (torch.as_tensor(mine) - theirs for mine, theirs in zip(covered, whole, strict=True))
-    # Two infinite ends have no difference.
+    # Two infinite ends give NaN, which is neither above nor below zero.
     narrower, wider = bool(((lower > 0) | (upper < 0)).any()), bool(((lower < 0) | (upper > 0)).any())
     if narrower or wider:
         fault = "never draws from a part of it" if narrower else "draws outside it, where weights are zero or undefined"
