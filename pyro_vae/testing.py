@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import pyro
-import torch
 from pyro.distributions import MixtureSameFamily
 from torch import Tensor
 
-from pyro_vae.pair.checks import check_batch
-from pyro_vae.pair.modes import drawing, rehearsal, to_pair
+from pyro_vae.pair.contract import couples_in_training, without_gradient
+from pyro_vae.pair.inspection import inspect
+from pyro_vae.pair.modes import drawing, rehearsal
 from pyro_vae.pair.pair import Pair
-from pyro_vae.pair.trace import PairTrace, check_measures, log_terms, run_guide, run_model, trace_pair
+from pyro_vae.pair.trace import PairTrace, log_terms
 
 __all__ = ["Finding", "PairContract", "check_pair"]
 
@@ -50,33 +50,17 @@ def check_pair(pair: Pair, batch: Tensor | tuple[Tensor, ...]) -> list[Finding]:
     []
     """
     batch = (batch,) if isinstance(batch, Tensor) else tuple(batch)
-    check_batch(pair, batch, "batch")
     if len(batch[0]) < 2:
         raise ValueError(
             "check_pair needs a batch of at least two data, to see whether they stay apart; if a datum is a graph, "
             "pass two graphs on the same nodes"
         )
-    batch = to_pair(pair, batch)
-    stored = set(pyro.get_param_store())
+    inspection = inspect(pair, batch, "batch")
     with drawing(pair, seed=0):
-        trace = trace_pair(pair, *batch)
-        _check_plates(trace)
-        check_measures(trace)
-        _check_reads_x_only_as_obs(pair, batch, trace)
-        if _couples(pair, batch, trace):
-            raise ValueError(
-                "data are coupled: one datum's terms change with the others of its batch; use LayerNorm or GroupNorm "
-                "for BatchNorm, and no statistics over the batch"
-            )
-        idle = _without_gradient(pair, batch)
-    if new := sorted(set(pyro.get_param_store()) - stored):
-        for name in new:
-            pyro.get_param_store().__delitem__(name)
-        raise ValueError(f"{new} live in Pyro's global store: store parameters in the module, as nn.Parameter")
+        idle = without_gradient(pair, inspection.batch)
     with rehearsal(pair, seed=0):
-        training = trace_pair(pair, *batch)
-        coupled = _coupled_in_training(pair, batch, training)
-    return [*_untrainable(training), *idle, *coupled, *_joint(trace)]
+        coupled = couples_in_training(pair, inspection.batch)
+    return [*_untrainable(inspection.training), *_idle(idle), *_coupled(coupled), *_joint(inspection.trace)]
 
 
 class PairContract:
@@ -120,71 +104,6 @@ class PairContract:
         assert set(pyro.get_param_store()) == before
 
 
-def _check_plates(trace: PairTrace) -> None:
-    for site in (*trace.guide.values(), *trace.model.values()):
-        # Raises for a site outside the data plate.
-        _ = site.log_prob
-        if site.is_scaled:
-            raise ValueError(f"site '{site.name}' is scaled inside the pair: leave scales to training (beta) and Pyro")
-    if not any(site.is_observed for site in trace.model.values()):
-        raise ValueError("the model observes nothing: pass obs=x at the data's site")
-
-
-def _check_reads_x_only_as_obs(pair: Pair, batch: tuple[Tensor, ...], trace: PairTrace) -> None:
-    """Run the model on other data with the same latents; no distribution may change."""
-    x = batch[0]
-    # NaN spreads from whatever reads it. Integers have none; they move on by one datum.
-    other = torch.full_like(x, torch.nan) if x.is_floating_point() else x.roll(1, 0)
-    values = {name: site.drawn for name, site in trace.guide.items()}
-    runs = []
-    for data in (x, other):
-        with pyro.validation_enabled(False):
-            torch.manual_seed(0)
-            runs.append(run_model(pair, data, *batch[1:], num_particles=1, values=values, observe=False))
-    for name, site in runs[0].items():
-        with pyro.validation_enabled(False):
-            value = site.drawn if site.observation is None else site.observation
-            same = torch.equal(site.fn.log_prob(value), runs[1][name].fn.log_prob(value))
-        if not same:
-            raise ValueError(
-                f"the model reads x outside obs=: the distribution at site '{name}' changes with it, and log p(x) "
-                "means nothing; pass the part that it needs as a condition"
-            )
-
-
-def _couples(pair: Pair, batch: tuple[Tensor, ...], trace: PairTrace) -> bool:
-    """Replace all data by copies of the first, with the same latents; its terms may not change."""
-    copies = tuple(tensor[:1].expand_as(tensor) for tensor in batch)
-    values = {name: site.drawn for name, site in trace.guide.items()}
-    first = []
-    for data in (batch, copies):
-        with pyro.validation_enabled(False):
-            first.append(torch.stack([term[..., 0].squeeze() for term in _rescored(pair, data, values)]))
-    # A matmul over another batch may sum in another order: a few hundred roundings.
-    eps = 1000 * torch.finfo(first[0].dtype).eps
-    return not torch.allclose(first[0], first[1], rtol=eps, atol=eps, equal_nan=True)
-
-
-def _rescored(pair: Pair, batch: tuple[Tensor, ...], values: dict[str, Tensor]) -> list[Tensor]:
-    """Return both programs' log-densities, site by site, at given latents.
-
-    A flow without an inverse scores only its latest draws. The guide then draws again from one seed, and the first
-    datum has the same noise in every batch.
-    """
-    for latents in (values, None):
-        torch.manual_seed(0)
-        guide = run_guide(pair, *batch, num_particles=1, values=latents)
-        try:
-            terms = [site.log_prob for site in guide.values()]
-            break
-        except (KeyError, NotImplementedError):
-            if latents is None:
-                raise
-    drawn = {name: site.drawn for name, site in guide.items()}
-    model = run_model(pair, *batch, num_particles=1, values=drawn)
-    return terms + [site.log_prob for site in model.values()]
-
-
 def _untrainable(trace: PairTrace) -> list[Finding]:
     findings = []
     for name, site in trace.guide.items():
@@ -201,29 +120,16 @@ def _untrainable(trace: PairTrace) -> list[Finding]:
     return findings
 
 
-def _without_gradient(pair: Pair, batch: tuple[Tensor, ...]) -> list[Finding]:
-    if not any(parameter.requires_grad for parameter in pair.parameters()):
-        return []
-    saved = {parameter: parameter.grad for parameter in pair.parameters()}
-    try:
-        pair.zero_grad()
-        with torch.enable_grad():
-            log_terms(pair, *batch).log_weights.sum().backward()
-        idle = [n for n, p in pair.named_parameters() if p.requires_grad and p.grad is None]
-    finally:
-        for parameter, gradient in saved.items():
-            parameter.grad = gradient
-    return [Finding("not trainable this way", n, "this parameter gets no gradient: use it or remove it") for n in idle]
+def _idle(names: list[str]) -> list[Finding]:
+    return [Finding("not trainable this way", n, "this parameter gets no gradient: use it or remove it") for n in names]
 
 
-def _coupled_in_training(pair: Pair, batch: tuple[Tensor, ...], trace: PairTrace) -> list[Finding]:
-    if not _couples(pair, batch, trace):
-        return []
+def _coupled(coupled: bool) -> list[Finding]:
     message = (
         "in training mode one datum's terms change with the others of its batch (BatchNorm, a batch-optimal scale): "
         "the training loss is then no bound; trust the evaluation only"
     )
-    return [Finding("not trainable this way", "", message)]
+    return [Finding("not trainable this way", "", message)] if coupled else []
 
 
 def _joint(trace: PairTrace) -> list[Finding]:

@@ -10,15 +10,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from pyro_vae.pair.checks import check_batch, refuse_outside
+from pyro_vae.pair.contract import check_contract, probe, trace_few
 from pyro_vae.pair.modes import drawing, rehearsal, to_pair
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.site import Site
-from pyro_vae.pair.trace import PairTrace, check_measures, trace_pair
+from pyro_vae.pair.trace import PairTrace, trace_pair
 
 __all__ = ["Inspection", "inspect"]
-
-# Rows that the programs run on: with two, a batch dimension differs from a broadcast one.
-FEW = 2
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class Inspection:
 
     Args:
         pair: the pair.
-        batch: at most two rows of the data and conditions, on the pair's device.
+        batch: at most three rows of the data and conditions, on the pair's device.
         trace: guide and model on this batch, in evaluation mode, one particle.
         networks: the pair's outermost modules that hold parameters and return tensors.
     """
@@ -92,9 +90,11 @@ class Inspection:
 
 
 def inspect(pair: Pair, batch: tuple[Tensor, ...], argument: str = "x", seen: Tensor | None = None) -> Inspection:
-    """Check data against a pair, run it once on two data, and return facts about it.
+    """Check data against a pair, and the pair against its contract on a few of them, and return facts about it.
 
-    The pair and the caller's random state are left unchanged.
+    On a few data, a datum's log-densities must be the same alone, beside others and under an axis of particles. The
+    model must read ``x`` only where it observes it. All that is trainable must be a parameter of the pair. The pair and
+    the caller's random state are left unchanged.
 
     Args:
         pair: any pair.
@@ -106,20 +106,22 @@ def inspect(pair: Pair, batch: tuple[Tensor, ...], argument: str = "x", seen: Te
         :class:`Inspection`.
 
     Raises:
-        ValueError: for data that the pair cannot take or outside the likelihood's support, and for a guide with other
-            sites, or another kind of density, than the model's.
+        ValueError: for data that the pair cannot take or outside the likelihood's support; for a guide with other
+            sites, or another kind of density, than the model's; for a pair that breaks its contract, with the site, the
+            module where it can be found, and the way out.
 
     >>> import torch, pyro_vae as pv
     >>> inspect(pv.models.LinearGaussianVAE(5, 2), (torch.zeros(3, 5),)).quantity
     'log p(x)'
     """
     check_batch(pair, batch, argument)
-    few = to_pair(pair, tuple(tensor[:FEW] for tensor in batch))
+    few = to_pair(pair, probe(batch))
     finder = _NetworkFinder(pair)
-    with drawing(pair, seed=0), finder:
-        trace = trace_pair(pair, *few)
-        check_measures(trace)
-    refuse_outside(trace.x, batch[0], argument, seen)
+    with drawing(pair, seed=0):
+        with finder:
+            trace = trace_few(pair, few)
+        refuse_outside(trace.x, batch[0], argument, seen)
+        check_contract(pair, few, trace)
     return Inspection(pair, few, trace, finder.networks())
 
 

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from pyro.distributions import Delta, Independent, MaskedDistribution
+from pyro.distributions import Delta, Independent, MaskedDistribution, VonMises
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.trace_struct import Trace
@@ -23,7 +23,8 @@ __all__ = ["DATA", "PARTICLES", "Site", "bare", "is_point_mass", "sites_of"]
 PARTICLES, DATA = "particles", "data"
 # Exact types: a subclass, e.g. OneHots of Independent, is a family of its own.
 WRAPPERS = (torch.distributions.Independent, Independent, ExpandedDistribution, MaskedDistribution)
-# The real line, half-lines and intervals. Their ends are attributes; an open and a closed end differ by no mass.
+# The real line, half-lines and intervals, of reals and of integers. Their ends are attributes; an open and a closed end
+# of reals differ by no mass.
 INTERVALS = tuple(
     map(
         type,
@@ -34,6 +35,8 @@ INTERVALS = tuple(
             constraints.less_than(0.0),
             constraints.unit_interval,
             constraints.half_open_interval(0.0, 1.0),
+            constraints.nonnegative_integer,
+            constraints.integer_interval(0, 1),
         ),
     )
 )
@@ -126,7 +129,12 @@ class Site:
     def interval(self) -> tuple[Any, Any] | None:
         """Lower and upper end of :attr:`entry_support`, numbers or tensors; None unless it is an interval."""
         support = self.entry_support
-        if self.is_discrete or not isinstance(support, INTERVALS):
+        if isinstance(self.bare, VonMises):
+            # torch calls the support real; it is one turn of the circle.
+            return -math.pi, math.pi
+        if isinstance(support, type(constraints.boolean)):
+            return 0, 1
+        if not isinstance(support, INTERVALS):
             return None
         return getattr(support, "lower_bound", -math.inf), getattr(support, "upper_bound", math.inf)
 
@@ -146,8 +154,9 @@ class Site:
         """
         if DATA not in self._dims:
             raise ValueError(
-                f"site '{self.name}' lies outside the data plate: sample it inside pyro.plate('data', len(x)), so that "
-                "its log-density belongs to one datum"
+                f"site '{self.name}' lies outside the data plate: sample a latent of each datum inside "
+                "pyro.plate('data', len(x)); make a latent that all data share, e.g. weights with a prior, an "
+                "nn.Parameter, or train it by Pyro's SVI, since with it log p of the data is no sum over them"
             )
         leading = {self._dims[name] for name in self._leading()}
         log_prob = scale_and_mask(self.fn.log_prob(self.drawn), 1.0, self._node["mask"])

@@ -254,9 +254,14 @@ def site_of_x(model: Mapping[str, Site], data: Tensor) -> Site:
     """
     observed = [site for site in model.values() if site.observation is not None]
     exact = [site for site in observed if site.observation is data]
+    if not observed:
+        raise ValueError("the model observes nothing: pass obs=x at the data's site")
     if len(exact or observed) != 1:
         names = [site.name for site in observed]
-        raise ValueError(f"the model observes {names}: exactly one site must observe x itself, as obs=x")
+        raise ValueError(
+            f"the model observes {names}: exactly one site must observe x itself, as obs=x; pass other data as "
+            "conditions and observe them whole, e.g. model(self, x, labels) with obs=labels"
+        )
     return (exact or observed)[0]
 
 
@@ -280,8 +285,8 @@ def check_measures(trace: PairTrace) -> None:
     """Refuse a guide with a density where the model has a mass, or the reverse: their ratio is no weight.
 
     Raises:
-        ValueError: for such a site, for a point mass outside the support of the model's site, and for a continuous site
-            whose guide covers another interval than its prior.
+        ValueError: for such a site, for a point mass outside the support of the model's site, and for a guide that
+            covers another set than the prior.
     """
     for name, site in trace.guide.items():
         other = trace.model[name]
@@ -296,27 +301,30 @@ def check_measures(trace: PairTrace) -> None:
                 "the guide: a mass over a density is no weight; give both the same kind of distribution"
             )
         else:
-            _check_same_interval(site, other)
+            _check_same_support(site, other)
 
 
-def _check_same_interval(site: Site, prior: Site) -> None:
+def _check_same_support(site: Site, prior: Site) -> None:
     """Refuse a guide that misses a part of its prior's support, where nothing is drawn, or that leaves it.
 
-    Densities outside their support are zero, NaN or, with Pyro's validation off, finite numbers without a meaning. Only
-    supports that are intervals, entry by entry, are compared.
+    Densities outside their support are zero, NaN or, with Pyro's validation off, finite numbers without a meaning.
+    Intervals are compared by their ends, other sets by draws.
     """
     covered, whole = site.interval, prior.interval
     if covered is None or whole is None:
-        return
-    lower, upper = (torch.as_tensor(mine) - theirs for mine, theirs in zip(covered, whole, strict=True))
-    # Two infinite ends give NaN, which is neither above nor below zero.
-    narrower, wider = bool(((lower > 0) | (upper < 0)).any()), bool(((lower < 0) | (upper > 0)).any())
+        # Spheres, simplices and other sets: draws of the one must lie in the other.
+        narrower = not bool(site.fn.support.check(prior.fn.sample()).all())
+        wider = not bool(prior.fn.support.check(site.drawn).all())
+    else:
+        lower, upper = (torch.as_tensor(mine) - theirs for mine, theirs in zip(covered, whole, strict=True))
+        # Two infinite ends give NaN, which is neither above nor below zero.
+        narrower, wider = bool(((lower > 0) | (upper < 0)).any()), bool(((lower < 0) | (upper > 0)).any())
     if narrower or wider:
         fault = "never draws from a part of it" if narrower else "draws outside it, where weights are zero or undefined"
         raise ValueError(
             f"site '{site.name}': the guide's {site.family} has support {site.entry_support}, the prior's "
             f"{prior.family} has {prior.entry_support}, and the guide {fault}; give both the same support, e.g. a "
-            "LogNormal guide for a positive site"
+            "LogNormal guide for a positive site, or the same family for both"
         )
 
 

@@ -252,6 +252,13 @@ def shapes_seen(pair: nn.Module, names: dict[str, int]) -> dict[str, list[tuple[
     return seen
 
 
+def shapes_of_inspection(pair: pv.Pair, x: Tensor) -> list[tuple[int, ...]]:
+    """Return the batch shapes of the decoder's calls in one inspection of the pair."""
+    seen = shapes_seen(pair, {"p_x.network": 1})["p_x.network"]
+    inspect(pair, (x,))
+    return list(seen)
+
+
 @pytest.mark.parametrize("transition", [None, "delta", "discretised", "gaussian"])
 def test_the_encoder_runs_once_per_block(transition: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     if transition is None:
@@ -261,6 +268,7 @@ def test_the_encoder_runs_once_per_block(transition: Any, monkeypatch: pytest.Mo
         pair, names = srvae(transition), {"q_z.network": 3, "q_u.network": 3, "p_x.network": 1}
         x, bytes_at_once = torch.randint(0, 17, (40, 1, 4, 4)) / 16, 400_000
     monkeypatch.setattr("pyro_vae.runtime.memory.CPU_WORKING_SET", bytes_at_once)
+    inspected = shapes_of_inspection(pair, x)
     seen, before, choice = shapes_seen(pair, names), {}, []
 
     def record(*arguments: Any) -> tuple[int, int]:
@@ -280,9 +288,9 @@ def test_the_encoder_runs_once_per_block(transition: Any, monkeypatch: pytest.Mo
         # In reading "gaussian" y is drawn, and every particle has its q(u | y), all in one call.
         own = blocks if transition == "gaussian" else [(1,)] * len(blocks)
         assert sorted(seen["q_u.network"][before["q_u.network"] :]) == sorted(own)
-    # Before them the pair runs once for facts, on two data, and on one datum to measure a few rising sizes.
-    facts, *measured = seen["p_x.network"][: before["p_x.network"]]
-    assert facts == (1, 2)
+    # Before them the pair is inspected once, and runs on one datum to measure a few rising sizes.
+    facts, measured = inspected, seen["p_x.network"][len(inspected) : before["p_x.network"]]
+    assert seen["p_x.network"][: len(facts)] == facts
     assert measured[0] == (1, 1)
     assert all(before[0] < after[0] <= size and after[1] == 1 for before, after in pairwise(measured))
     assert len(measured) <= 4
@@ -291,10 +299,11 @@ def test_the_encoder_runs_once_per_block(transition: Any, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("saved", [False, True])
 def test_one_particle_is_measured_once(saved: bool, tmp_path: Path) -> None:
     pair, x = linear_vae(), torch.randn(5, 20)
+    inspected = shapes_of_inspection(pair, x)
     seen = shapes_seen(pair, {"p_x.network": 1})["p_x.network"]
     pv.log_likelihood(pair, x, num_particles=1, seed=0, run_dir=tmp_path if saved else None)
-    # Facts, the measurement, and five blocks: a run folder's key needs no further run.
-    assert seen == [(1, 2), (1, 1), *[(1, 1)] * 5]
+    # One inspection, the measurement, and five blocks: a run folder's key needs no further run.
+    assert seen == [*inspected, (1, 1), *[(1, 1)] * 5]
 
 
 # What is left

@@ -1,4 +1,4 @@
-"""Facts about a pair come from one run of its programs, and data are checked once."""
+"""Facts about a pair come from a fixed number of runs on three data, and data are checked once."""
 
 from __future__ import annotations
 
@@ -33,11 +33,17 @@ class Counted(VAE):
         super().guide(x, *conditions)
 
 
-def test_each_program_runs_once_and_nothing_is_left_changed() -> None:
-    pair, x = Counted(), torch.randn(6, 4)
+# For facts, for the leaves and for the reference once each, once without particles, for each of three data alone; the
+# guide once more to draw, the model twice more on other data.
+INSPECTED = {("guide", False): 8, ("model", False): 9}
+
+
+@pytest.mark.parametrize("count", [6, 2000])
+def test_a_pair_runs_a_fixed_number_of_times_and_nothing_is_left_changed(count: int) -> None:
+    pair, x = Counted(), torch.randn(count, 4)
     state, before = torch.get_rng_state(), {name: value.clone() for name, value in pair.state_dict().items()}
     inspection = inspect(pair, (x,))
-    assert pair.runs == {("guide", False): 1, ("model", False): 1}
+    assert pair.runs == INSPECTED
     assert pair.training
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in pair.state_dict().items())
@@ -116,15 +122,15 @@ def test_data_are_scanned_for_nan_once(monkeypatch: pytest.MonkeyPatch, call: st
     assert scanned == {64: 1}
 
 
-def test_a_check_runs_the_pair_in_training_mode_once_before_it_scores_it_again() -> None:
+def test_a_check_runs_the_pair_in_training_mode_a_few_times() -> None:
     pair = Counted()
     assert pv.testing.check_pair(pair, torch.randn(6, 4)) == []
-    # One draw, and two scores: of the data, and of copies of the first.
-    assert {mode: count for mode, count in pair.runs.items() if mode[1]} == {("guide", True): 3, ("model", True): 3}
+    # Facts, and two scores: of the data, and of copies of the first beside other latents, drawn by two more guides.
+    assert {mode: count for mode, count in pair.runs.items() if mode[1]} == {("guide", True): 5, ("model", True): 3}
 
 
 def test_means_come_from_the_guide_alone() -> None:
     pair = Counted()
     pv.latent_means(pair, torch.randn(300, 4))
     # Three chunks of at most 128 data, after the inspection.
-    assert pair.runs == {("guide", False): 4, ("model", False): 1}
+    assert pair.runs == {**INSPECTED, ("guide", False): INSPECTED["guide", False] + 3}

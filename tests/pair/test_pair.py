@@ -173,7 +173,7 @@ class Faulty(Coin):
     [
         ("missing", r"model samples \['forgotten'\], the guide does not"),
         ("extra", r"guide samples \['unknown'\], which is no latent site"),
-        ("outside", r"site 'shift' lies outside the data plate: sample it inside pyro.plate\('data', len\(x\)\)"),
+        ("outside", r"site 'shift' lies outside the data plate: sample .* inside pyro.plate\('data', len\(x\)\)"),
         ("subsampled", r"plate 'data' subsamples: write pyro.plate\('data', len\(x\)\)"),
     ],
 )
