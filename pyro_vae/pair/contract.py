@@ -51,14 +51,20 @@ def trace_few(pair: Pair, batch: tuple[Tensor, ...]) -> PairTrace:
             there is an axis of particles.
     """
     _check_precision(pair)
+
+    def run() -> PairTrace:
+        trace = trace_pair(pair, *batch)
+        for site in (*trace.guide.values(), *trace.model.values()):
+            _ = site.log_prob
+        return trace
+
     try:
         with _tidy_store():
-            return trace_pair(pair, *batch)
+            return run()
     except Exception as failure:
         if not _runs(pair, batch, None):
             raise
-        watch = _watched(pair, lambda: trace_pair(pair, *batch))
-        raise ValueError(_axis_fault(watch, failure, (1, len(batch[0])))) from failure
+        raise ValueError(_axis_fault(_watched(pair, run), failure, (1, len(batch[0])))) from failure
 
 
 def check_contract(pair: Pair, batch: tuple[Tensor, ...], trace: PairTrace) -> None:
@@ -167,10 +173,11 @@ def _check_sites(trace: PairTrace) -> None:
                     f"site '{site.name}' is scaled inside the pair or around the call (poutine.scale): its log-density "
                     "is then none; leave the weighting to training (beta) and the number of data to fit"
                 )
-            if log_prob.dtype in COARSE:
+            parts = (part for part in vars(site.bare).values() if isinstance(part, Tensor))
+            if any(part.dtype in COARSE for part in (log_prob, *parts)):
                 raise ValueError(
-                    f"the {program}'s site '{site.name}' scores in {log_prob.dtype}, too coarse for a log-density: "
-                    "convert its parameters, e.g. loc.float(), and leave autocast"
+                    f"the {program}'s site '{site.name}' has parameters in half precision, too coarse for a "
+                    "log-density: convert them, e.g. loc.float(), and leave autocast"
                 )
 
 
@@ -501,8 +508,7 @@ class _Watch:
 
     def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self.running.pop()
-        if not any(True for _ in module.children()):
-            self.calls.append((module, _tensors(inputs), _tensors((output,))))
+        self.calls.append((module, _tensors(inputs), _tensors((output,))))
 
 
 def _watched(pair: Pair, run: Callable[[], object]) -> _Watch:

@@ -322,10 +322,18 @@ def _check_same_support(site: Site, prior: Site) -> None:
     if narrower or wider:
         fault = "never draws from a part of it" if narrower else "draws outside it, where weights are zero or undefined"
         raise ValueError(
-            f"site '{site.name}': the guide's {site.family} has support {site.entry_support}, the prior's "
-            f"{prior.family} has {prior.entry_support}, and the guide {fault}; give both the same support, e.g. a "
+            f"site '{site.name}': the guide's {site.family} has support {_set(site)}, the prior's {prior.family} "
+            f"{_set(prior)}, and the guide {fault}; give both the same support, e.g. a "
             "LogNormal guide for a positive site, or the same family for both"
         )
+
+
+def _set(site: Site) -> str:
+    """Name a site's support: the first entry's ends for an interval."""
+    if site.interval is None:
+        return str(site.entry_support)
+    low, high = (float(torch.as_tensor(end).flatten()[0]) for end in site.interval)
+    return f"[{low:.4g}, {high:.4g}]"
 
 
 def _programs(pair: Pair) -> tuple[Callable[..., Any], Callable[..., Any]]:

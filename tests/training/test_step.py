@@ -357,5 +357,5 @@ def test_a_latent_that_the_guide_lacks_in_training_only_is_refused() -> None:
     "objective", [lambda t: t.log_weights.mean(), lambda t: t.log_weights, lambda t: float(t.log_weights.sum())]
 )
 def test_an_objective_returns_one_number_per_datum(objective: Any) -> None:
-    with pytest.raises(ValueError, match=r"returns .* for 2 data; an objective returns one number per datum"):
+    with pytest.raises(ValueError, match=r"returns .* for 3 data; an objective returns one number per datum"):
         pv.fit(LinearGaussianVAE(4, 2), torch.randn(8, 4), epochs=1, batch_size=4, loss=objective, progress=False)
