@@ -24,14 +24,14 @@ BATCH = 128
 LEARNING_RATE = 1e-3
 SIDE = 28
 SRVAES = ("SRVAE, conv nets", "SRVAE, MLPs")
+IMAGE = (1, SIDE, SIDE)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 Row = Callable[[Tensor], object]
 
 
-def batches_for(rows: dict[str, Row], size: int = BATCH) -> list[Tensor]:
-    """Return binary batches of the shape that the rows' pairs take."""
-    shape = (1, SIDE, SIDE) if "five products, oneDNN" not in rows else (PIXELS,)
+def batches_of(shape: tuple[int, ...], size: int = BATCH) -> list[Tensor]:
+    """Return binary batches of data of one shape."""
     return [torch.rand(size, *shape).gt(0.7).float().to(DEVICE) for _ in range(16)]
 
 
@@ -46,7 +46,7 @@ def vae(hidden: int, latent: int, pixels: int = PIXELS) -> pv.models.VAE:
 def srvae(name: str) -> pv.models.SRVAE:
     """Return an SRVAE of MNIST's shape, y on the grid of 256 gray levels, with the default conv nets or with MLPs."""
     torch.manual_seed(0)
-    x, y, size = (1, SIDE, SIDE), (1, SIDE // 2, SIDE // 2), 16
+    x, y, size = IMAGE, (1, SIDE // 2, SIDE // 2), 16
     head = pv.DiscretisedLogistic(256)
     networks = {
         "q_u": MLP([y], 2 * size),

@@ -71,10 +71,10 @@ def main(options: Options) -> None:
         seconds = 60 * options.minutes / (len(names) + len(steps.SRVAES))
         for name, (hidden, latent) in names.items():
             rows = steps.vae_rows(hidden, latent)
-            cases[name] = _case(rows, installed, (hidden, latent), options, seconds)
+            cases[name] = _case(rows, (steps.PIXELS,), installed, (hidden, latent), options, seconds)
             print(f"{name}\n{table(cases[name], CAPTURED, 'step')}\n")
         for name in steps.SRVAES:
-            cases[name] = _case(steps.srvae_rows(name), {}, (), options, seconds)
+            cases[name] = _case(steps.srvae_rows(name), steps.IMAGE, {}, (), options, seconds)
             print(f"{name}\n{table(cases[name], CAPTURED, 'step')}\n")
     results = {"threads": options.threads, "batch": steps.BATCH, "cases": cases}
     if options.long_run:
@@ -85,18 +85,19 @@ def main(options: Options) -> None:
 
 def _case(
     rows: dict[str, Callable[[Tensor], object]],
+    shape: tuple[int, ...],
     installed: dict[str, tuple[Path, str | None]],
     sizes: tuple[int, ...],
     options: Options,
     seconds: float,
 ) -> dict[str, Any]:
     """Return each row's summary, by turns; a peer that is absent says why."""
-    batches = steps.batches_for(rows)
+    batches = steps.batches_of(shape)
     first = _warm(rows, batches)
     feed = itertools.cycle(batches)
     turns = {name: _turn(row, feed) for name, row in rows.items()}
-    shape = (steps.BATCH, steps.PIXELS, *sizes, PEER_BLOCK * steps.BATCH)
-    with launch.running(launch.starts(installed, "step", *shape, threads=options.threads)) as (running, absent):
+    work = (steps.BATCH, steps.PIXELS, *sizes, PEER_BLOCK * steps.BATCH)
+    with launch.running(launch.starts(installed, "step", *work, threads=options.threads)) as (running, absent):
         turns |= {name: _a_step(peer) for name, peer in running.items()}
         taken = by_turns(turns, options.rounds, seconds)
     return summaries(taken, CAPTURED, first, absent)

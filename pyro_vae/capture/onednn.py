@@ -101,10 +101,17 @@ def _empty_result(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
     return left.new_empty(left.shape[0], right.shape[1])
 
 
+@cache
+def _dtypes() -> tuple[torch.dtype, ...]:
+    """Return the dtypes of oneDNN's matmuls; without AVX-512 it has none in bfloat16, and raises."""
+    narrow = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)()
+    return (torch.float32, torch.bfloat16) if narrow else (torch.float32,)
+
+
 def _taken_by_onednn(node: torch.fx.Node) -> bool:
     arguments: Any = node.args
     *bias, left, _ = arguments
     value = node.meta["val"]
-    plain = value.device.type == "cpu" and value.dtype in (torch.float32, torch.bfloat16)
+    plain = value.device.type == "cpu" and value.dtype in _dtypes()
     large = value.numel() * left.meta["val"].shape[1] >= FEWEST_MULTIPLICATIONS
     return plain and large and all(each.meta["val"].dim() == 1 for each in bias)

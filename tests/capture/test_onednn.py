@@ -48,6 +48,18 @@ def test_products_are_the_same() -> None:
     torch.testing.assert_close(other(*arguments), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_products_in_bfloat16_run_on_every_processor() -> None:
+    # oneDNN has no bfloat16 matmul without AVX-512; there torch's are kept.
+    arguments = inputs(torch.bfloat16)
+    graph = make_fx(step, tracing_mode="fake")(*arguments)
+    chosen = through_onednn(graph) or graph
+    torch.manual_seed(0)
+    expected = graph(*arguments)
+    torch.manual_seed(0)
+    # Sums of five products, rounded to eight bits once more or once less.
+    torch.testing.assert_close(chosen(*arguments), expected, rtol=2.0**-6, atol=2.0**-6)
+
+
 def test_the_operator_is_registered_at_its_first_use() -> None:
     code = (
         "import torch, pyro_vae; from pyro_vae.capture.onednn import matmul_operator as op; "
