@@ -154,7 +154,8 @@ def test_cuda_graphs_take_the_same_steps(name: str, make: Any, monkeypatch: pyte
         return torch.stack([torch.as_tensor(loss) for loss in losses]).tolist(), own.state_dict(), step
 
     losses, state, step = trained()
-    assert step.graphs
+    # A new learning rate of SGD's makes a new graph, and the last one comes four steps before the end.
+    assert step.made
     monkeypatch.setattr("pyro_vae.capture.cuda_graph.DEVICES", {})
     expected, theirs, _ = trained()
     # Sums over a batch may be added up in another order; 40 steps of float64 keep that far below this.
