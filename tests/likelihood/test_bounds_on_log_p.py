@@ -20,7 +20,7 @@ from tests.support.repetitions import repetitions
 # Cholesky factors of small, well-conditioned matrices: rounding stays below 1e-11 relative.
 ROUNDING = {"rtol": 1e-10, "atol": 1e-10}
 PARTICLES = (1, 2, 8, 64)
-REPETITIONS = 1500
+REPETITIONS = 400
 
 
 class Fault(NamedTuple):
