@@ -40,7 +40,7 @@ class ContinuousBernoulli(Head):
 
     def forward(self, outputs: Tensor, event_shape: Sequence[int]) -> Any:
         (logits,) = blocks(outputs, event_shape, 1)
-        return dist.ContinuousBernoulli(logits=logits).to_event(len(event_shape))
+        return distributions.ContinuousBernoulli(logits).to_event(len(event_shape))
 
 
 class Gaussian(Head):

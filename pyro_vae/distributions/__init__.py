@@ -1,6 +1,7 @@
 """Distributions and divergences that torch and Pyro lack."""
 
 from pyro_vae.distributions.batch_optimal import BatchOptimalNormal
+from pyro_vae.distributions.continuous_bernoulli import ContinuousBernoulli
 from pyro_vae.distributions.discretised_logistic import DiscretisedLogistic
 from pyro_vae.distributions.flow import FlowDistribution, Reversal, Sylvester
 from pyro_vae.distributions.graph import InnerProductGraph
@@ -18,6 +19,7 @@ from pyro_vae.distributions.one_hot import OneHots, RelaxedOneHots
 
 __all__ = [
     "BatchOptimalNormal",
+    "ContinuousBernoulli",
     "DiscretisedLogistic",
     "EqualMixture",
     "FlowDistribution",
