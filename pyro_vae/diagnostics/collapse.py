@@ -30,6 +30,8 @@ SATURATED = 0.1
 class SiteReport(NamedTuple):
     """One latent site, averaged over data and draws.
 
+    An entry that a mask leaves out adds zero to the divergences of its datum, and counts in no other average.
+
     Args:
         kl: E[log q(z | x) − log p(z | …)], in nats.
         kl_standard_error: of ``kl`` as an average over data, in nats.
@@ -57,7 +59,7 @@ class CollapseReport(NamedTuple):
     Args:
         sites: by name.
         mutual_information: of x and all latents under q, a lower bound in expectation; None for a guide that can score
-            only its latest draws.
+            only its latest draws, or that masks latents.
         noise: γ averaged over entries, by Gaussian data site with the same standard deviation for all data.
         sentences: the numbers in words.
     """
@@ -184,19 +186,23 @@ def _noise(trace: PairTrace) -> dict[str, float]:
 
 class _PerDatum(NamedTuple):
     """One site's numbers for b data: KL (b,), KL per dimension (b, L), the posterior mean's mean and variance over
-    draws (b, L), usage (b, C)."""
+    draws (b, L), usage (b, C), and whether the datum's entries are scored (b, L), None without a mask."""
 
     kl: Tensor
     kl_per_dimension: Tensor | None
     mean: Tensor | None
     spread: Tensor | None
     usage: Tensor | None
+    scored: Tensor | None
 
 
 def _measure(guide: Site, model: Site, leading: tuple[int, int]) -> _PerDatum:
     per_dimension = _diagonal_kl(guide.bare, model.bare)
+    scored = _scored(guide)
     if per_dimension is not None:
         per_dimension = _by_datum(per_dimension, guide).mean(0)
+        if scored is not None:
+            per_dimension = torch.where(scored, per_dimension, 0.0)
         kl = per_dimension.sum(-1)
     else:
         kl = (guide.log_prob - model.log_prob).expand(leading).mean(0)
@@ -211,7 +217,15 @@ def _measure(guide: Site, model: Site, leading: tuple[int, int]) -> _PerDatum:
         usage = _by_datum(log_joint.softmax(-1), guide, event_dim=1).mean(0)
     elif isinstance(guide.bare, Categorical):
         usage = _by_datum(guide.bare.probs, guide, event_dim=1).mean(0)
-    return _PerDatum(kl, per_dimension, mean, spread, usage)
+    return _PerDatum(kl, per_dimension, mean, spread, usage, scored)
+
+
+def _scored(site: Site) -> Tensor | None:
+    """Return whether each entry of a datum is scored, (B, entries), None without a mask."""
+    scored = site.scored
+    if scored is None:
+        return None
+    return _by_datum(scored.expand(torch.broadcast_shapes(scored.shape, site.drawn.shape)), site)[0]
 
 
 def _diagonal_kl(q: Any, p: Any) -> Tensor | None:
@@ -232,19 +246,20 @@ def _centre(site: Site) -> Tensor:
 
 def _by_datum(values: Tensor, site: Site, event_dim: int | None = None) -> Tensor:
     """Lay out one number per entry as (K, B, entries); other plates count as entries."""
-    return site.lay_out(values, event_dim).flatten(2)
+    laid_out = site.lay_out(values, event_dim)
+    return laid_out.flatten(2) if laid_out.dim() > 2 else laid_out.unsqueeze(-1)
 
 
 def _summarise(parts: list[_PerDatum], num_particles: int) -> SiteReport:
-    kl, per_dimension, mean, spread, usage = (
+    kl, per_dimension, mean, spread, usage, scored = (
         None if field[0] is None else torch.cat(field).double().cpu() for field in zip(*parts, strict=True)
     )
     assert kl is not None
     variance = active = None
     if mean is not None and spread is not None:
-        variance = (mean.var(0) - spread.mean(0) / num_particles).clamp(min=0)
+        variance = _variance(mean, spread / num_particles, scored)
         active = variance > ACTIVE_VARIANCE
-    shares = None if usage is None else usage.mean(0)
+    shares = None if usage is None else _shares(usage, scored)
     return SiteReport(
         kl=float(kl.mean()),
         kl_standard_error=float(kl.std() / math.sqrt(len(kl))),
@@ -254,6 +269,25 @@ def _summarise(parts: list[_PerDatum], num_particles: int) -> SiteReport:
         usage=shares,
         perplexity=None if shares is None else float(torch.exp(-torch.special.xlogy(shares, shares).sum())),
     )
+
+
+def _variance(mean: Tensor, noise: Tensor, scored: Tensor | None) -> Tensor:
+    """Return the variance of posterior means over the data that have each entry, less their noise, (L,)."""
+    if scored is None:
+        return (mean.var(0) - noise.mean(0)).clamp(min=0)
+    # An entry of one datum or none does not vary.
+    count = scored.sum(0)
+    centre = torch.where(scored > 0, mean, 0.0).sum(0) / count.clamp(min=1)
+    squares = torch.where(scored > 0, (mean - centre) ** 2, 0.0).sum(0) / (count - 1).clamp(min=1)
+    return (squares - torch.where(scored > 0, noise, 0.0).sum(0) / count.clamp(min=1)).clamp(min=0)
+
+
+def _shares(usage: Tensor, scored: Tensor | None) -> Tensor:
+    """Return mean responsibilities over the data of which anything is scored, (C,)."""
+    if scored is None:
+        return usage.mean(0)
+    has = scored.amax(-1, keepdim=True) > 0
+    return torch.where(has, usage, 0.0).sum(0) / has.sum().clamp(min=1)
 
 
 def _describe(name: str, report: SiteReport) -> list[str]:

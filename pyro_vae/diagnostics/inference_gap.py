@@ -14,7 +14,7 @@ from pyro_vae.likelihood.weights import WeightStream
 from pyro_vae.pair.inspection import inspect
 from pyro_vae.pair.modes import chunks, drawing, to_pair
 from pyro_vae.pair.pair import Pair
-from pyro_vae.pair.site import Site
+from pyro_vae.pair.site import Site, scored_entries
 from pyro_vae.pair.trace import log_terms, run_model, trace_pair
 from pyro_vae.runtime.memory import CHUNK
 
@@ -141,15 +141,20 @@ class _Member:
         self.scale = (base.scale_tril if self.full else base.scale)[:1].clone()
         self.shift = torch.zeros_like(self.loc).requires_grad_()
         self.stretch = torch.zeros_like(self.scale).requires_grad_()
+        # The mask of poutine.mask stays with the site.
+        scored = scored_entries(site.fn)
+        self.scored = None if scored is None else scored.expand_as(site.drawn)[:1]
 
     def distribution(self, *, fixed: bool) -> Any:
         """Return the Gaussian, with detached parameters if ``fixed``."""
         shift, stretch = (p.detach() if fixed else p for p in (self.shift, self.stretch))
         if not self.full:
-            return dist.Normal(self.loc + self.scale * shift, self.scale * stretch.exp()).to_event(self.event_dim)
+            entries = dist.Normal(self.loc + self.scale * shift, self.scale * stretch.exp())
+            return (entries if self.scored is None else entries.mask(self.scored)).to_event(self.event_dim)
         factor = stretch.tril(-1) + torch.diag_embed(stretch.diagonal(dim1=-2, dim2=-1).exp())
         loc = self.loc + (self.scale @ shift.unsqueeze(-1)).squeeze(-1)
-        return dist.MultivariateNormal(loc, scale_tril=self.scale @ factor)
+        whole = dist.MultivariateNormal(loc, scale_tril=self.scale @ factor)
+        return whole if self.scored is None else whole.mask(self.scored[..., 0])
 
 
 class _Family:
@@ -199,8 +204,8 @@ def _check_member(site: Site) -> None:
     name, base = site.name, site.bare
     if not isinstance(base, Normal | MultivariateNormal):
         raise ValueError(
-            f"the guide's site '{name}' ({site.family}) is not Gaussian: the best member of its family is "
-            "found for Gaussian guides only; look at log_likelihood and its pareto_k instead"
+            f"the guide's site '{name}' is a {site.family}: the best member of its family is found for diagonal and "
+            "full Gaussians only (Normal, MultivariateNormal); look at log_likelihood and its pareto_k instead"
         )
     scale = base.scale_tril if isinstance(base, MultivariateNormal) else base.scale
     # A network's matmuls over two equal halves of a batch may round differently.

@@ -57,8 +57,9 @@ def mutual_information(pair: Pair, batch: tuple[Tensor, ...]) -> MutualInformati
         batch: ``x`` (N, …) and the pair's conditions, on the pair's device. At most 512 rows are used, drawn at random.
 
     Returns:
-        :class:`MutualInformation`. None for a guide without latents except point masses, and for a guide that can
-        score only its latest draws, e.g. a planar flow.
+        :class:`MutualInformation`. None for a guide without latents except point masses, for a guide that can score
+        only its latest draws, e.g. a planar flow, and for one that masks latents: the posteriors of two data are then
+        densities of other entries.
 
     Reference:
         Hoffman and Johnson (2016), ELBO surgery, NIPS workshop on approximate inference; Poole, Ozair, van den Oord,
@@ -67,7 +68,7 @@ def mutual_information(pair: Pair, batch: tuple[Tensor, ...]) -> MutualInformati
     chosen = torch.randperm(len(batch[0]))[:LARGEST].to(device_of(pair))
     batch = tuple(tensor[chosen] for tensor in batch)
     draws = _draws(pair, batch)
-    if not draws:
+    if not draws or any(site.scored is not None for site in run_guide(pair, *batch, num_particles=1).values()):
         return None
     try:
         scores = torch.cat([_scores(pair, batch, draws, begin) for begin in range(0, len(chosen), DRAWS)])

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias, cast
 
 import torch
+from pyro.distributions import MaskedDistribution
 from torch import Tensor
 from torch.distributions import Independent, MultivariateNormal, Normal
 
@@ -33,6 +34,8 @@ def monte_carlo_kl(q: Any, mixture: GaussianMixture, num_particles: int = 1) -> 
     Returns:
         (…), in nats.
     """
+    for distribution, whose in ((q, "guide"), (mixture, "prior")):
+        _check_unmasked(distribution, whose)
     u = q.rsample((num_particles,))
     return (q.log_prob(u) - mixture.log_prob(u)).mean(0)
 
@@ -102,12 +105,24 @@ def kl_to_prior(q: Any, prior: Any, mixture_kl: MixtureKL) -> Tensor:
 
 
 def _check_gaussian(distribution: Any, whose: str) -> None:
+    _check_unmasked(distribution, whose)
     base = distribution.base_dist if isinstance(distribution, Independent) else distribution
     if not isinstance(base, (Normal, MultivariateNormal)):
         raise ValueError(
-            f"the {whose}'s distribution of a latent is {type(base).__name__}, and no Gaussian: the divergence has no "
-            "closed form; sample it instead, by Trace_ELBO or by pv.log_terms and pv.objectives.elbo"
+            f"the {whose}'s distribution of a latent is {type(base).__name__}: the divergence is closed here for "
+            "diagonal and full Gaussians (Normal, MultivariateNormal); sample it instead, by Trace_ELBO or by "
+            "pv.log_terms and pv.objectives.elbo"
         )
+
+
+def _check_unmasked(distribution: Any, whose: str) -> None:
+    while isinstance(distribution, (Independent, MaskedDistribution)):
+        if isinstance(distribution, MaskedDistribution):
+            raise ValueError(
+                f"the {whose}'s distribution of a latent is masked, and its divergence would count what is not scored: "
+                "sample it instead, by Trace_ELBO or by pv.log_terms and pv.objectives.elbo"
+            )
+        distribution = distribution.base_dist
 
 
 def _mixture_weights(mixture: GaussianMixture) -> Tensor:

@@ -39,6 +39,7 @@ class LogLikelihood(NamedTuple):
             the same draws; later entries have fewer groups.
         curve_standard_error: Monte Carlo errors of ``curve`` from the spread of the groups, (J, B); the last one is
             by the delta method.
+        num_scored: entries of each datum that the likelihood's mask leaves scored, (B,); None without a mask.
     """
 
     per_datum: Tensor
@@ -52,6 +53,7 @@ class LogLikelihood(NamedTuple):
     smoothed: Tensor
     curve: Tensor
     curve_standard_error: Tensor
+    num_scored: Tensor | None = None
 
     @property
     def mean(self) -> float:
@@ -96,14 +98,17 @@ class LogLikelihood(NamedTuple):
     @property
     def has_bits(self) -> bool:
         """Whether bits per dimension have a meaning: a mass on discrete data, of x alone."""
-        return self.discrete and self.quantity.endswith("log p(x)")
+        return self.discrete and self.quantity.endswith("log p(x)") and self._dimensions > 0
 
     @property
     def bits_per_dimension(self) -> float:
         """−log p(x) / (D log 2), for a probability mass on discrete data; see ``has_bits``.
 
+        If a mask leaves entries out, D is the mean number of entries that are scored.
+
         Raises:
-            ValueError: for a density, since its value depends on the data's unit, and for a joint density.
+            ValueError: for a density, since its value depends on the data's unit, for a joint density, and for data
+                without a scored entry.
         """
         if not self.quantity.endswith("log p(x)"):
             raise ValueError(f"bits per dimension are of p(x) alone; this is {self.quantity}")
@@ -111,7 +116,13 @@ class LogLikelihood(NamedTuple):
             raise ValueError(
                 "bits per dimension need a probability mass: use a discretised likelihood on the data's own levels"
             )
-        return -self.mean / (self.num_dimensions * math.log(2))
+        if self._dimensions == 0:
+            raise ValueError("bits per dimension are of scored entries, and no entry of the data is scored")
+        return -self.mean / (self._dimensions * math.log(2))
+
+    @property
+    def _dimensions(self) -> float:
+        return self.num_dimensions if self.num_scored is None else float(self.num_scored.double().mean())
 
     @property
     def curve_particles(self) -> list[int]:

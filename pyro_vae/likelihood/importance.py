@@ -17,8 +17,9 @@ from pyro_vae.likelihood.proposals import GuideProposal, PriorProposal, Proposal
 from pyro_vae.likelihood.saved_chunks import SavedChunks, evaluation_key
 from pyro_vae.likelihood.weights import WeightStream, WeightSummary
 from pyro_vae.pair.inspection import Inspection, inspect
-from pyro_vae.pair.modes import device_of, evaluation, to_pair
+from pyro_vae.pair.modes import chunks, device_of, evaluation, to_pair
 from pyro_vae.pair.pair import Pair
+from pyro_vae.pair.trace import run_model, site_of_x
 from pyro_vae.runtime.memory import CHUNK, MEBIBYTE, block_size, counted_bytes, working_set
 from pyro_vae.runtime.progress import Progress, progress_bar
 from pyro_vae.runtime.random_state import fresh_seed, own_random_state, seed_generators
@@ -139,6 +140,7 @@ def _estimate(proposal: Proposal, batch: tuple[Tensor, ...], settings: _Settings
     settings.check()
     batch = to_pair(proposal.pair, batch)
     with evaluation(proposal.pair), own_random_state(0, device_of(proposal.pair)):
+        num_scored = _num_scored(inspection, batch)
         saved = _saved(proposal, inspection, batch, settings)
         parts = _summaries(_Estimator(proposal, batch, settings), settings, saved)
     summary = WeightSummary(*(torch.cat(fields, -1) for fields in zip(*parts, strict=True)))
@@ -155,7 +157,22 @@ def _estimate(proposal: Proposal, batch: tuple[Tensor, ...], settings: _Settings
         smoothed=summary.smoothed,
         curve=summary.curve,
         curve_standard_error=summary.curve_standard_error,
+        num_scored=num_scored,
     )
+
+
+def _num_scored(inspection: Inspection, batch: tuple[Tensor, ...]) -> Tensor | None:
+    """Return the number of entries of each datum that the likelihood's mask leaves scored, None without a mask."""
+    if inspection.x.scored is None:
+        return None
+    counts = []
+    for chunk in chunks(batch, CHUNK):
+        site = site_of_x(run_model(inspection.pair, *chunk, num_particles=1), chunk[0])
+        scored = site.scored
+        assert scored is not None
+        whole = site.lay_out(scored.expand(torch.broadcast_shapes(scored.shape, site.drawn.shape)))
+        counts.append(whole[0].flatten(1).double().mean(1).cpu())
+    return torch.cat(counts) * getattr(inspection.pair, "num_dimensions", batch[0][0].numel())
 
 
 def _saved(

@@ -10,8 +10,9 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from pyro_vae.distributions.mixture_kl import MixtureKL, convex_kl_bound
-from pyro_vae.pair.modes import to_pair
+from pyro_vae.pair.modes import drawing, to_pair
 from pyro_vae.pair.pair import Pair
+from pyro_vae.pair.trace import trace_pair
 
 __all__ = ["AnalyticLoss", "HasClosedForm", "analytic_loss"]
 
@@ -52,7 +53,8 @@ def analytic_loss(
         One field (B,) per site of the model, named as the site, and ``total``, in nats.
 
     Raises:
-        ValueError: for a pair without a closed form, and for K < 1.
+        ValueError: for a pair without a closed form, for K < 1, and for masks and sites of the model that the closed
+            form does not see.
     """
     if num_particles < 1:
         raise ValueError(f"num_particles is {num_particles}; it counts draws per datum and must be at least 1")
@@ -60,4 +62,25 @@ def analytic_loss(
         raise ValueError(
             f"{type(pair).__name__} has no closed form: give it a method closed_form, or train with Trace_ELBO"
         )
-    return pair.closed_form(*to_pair(pair, batch), num_particles=num_particles, mixture_kl=mixture_kl)
+    batch = to_pair(pair, batch)
+    observed = _check_sites(pair, batch)
+    loss = pair.closed_form(*batch, num_particles=num_particles, mixture_kl=mixture_kl)
+    if left_out := sorted(observed - set(loss._asdict())):
+        raise ValueError(
+            f"the model observes {left_out}, of which the closed form of {type(pair).__name__} has no term: give the "
+            "pair a closed_form with a field for each site, or train with Trace_ELBO"
+        )
+    return loss
+
+
+def _check_sites(pair: Pair, batch: tuple[Tensor, ...]) -> set[str]:
+    """Refuse handlers around the model's sites; return the names of those that it observes."""
+    with drawing(pair, seed=0):
+        model = trace_pair(pair, *(tensor[:1] for tensor in batch)).model
+    for site in model.values():
+        if site.handler_mask is not None:
+            raise ValueError(
+                f"site '{site.name}' is masked by poutine.mask, which closed_form does not see: mask the distribution "
+                "that both use, or train with Trace_ELBO"
+            )
+    return {name for name, site in model.items() if site.is_observed}

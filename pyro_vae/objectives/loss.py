@@ -10,7 +10,9 @@ from pyro.infer import ELBO, ReweightedWakeSleep, Trace_ELBO, TraceEnum_ELBO, Tr
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from pyro_vae.distributions.batch_optimal import BatchOptimalNormal
 from pyro_vae.objectives.bounds import Objective
+from pyro_vae.objectives.reconstruction import MASKED_AROUND
 from pyro_vae.pair.inspection import Inspection
 from pyro_vae.pair.modes import device_of
 from pyro_vae.pair.pair import Pair, Program
@@ -88,7 +90,7 @@ def check_loss(
 
     Raises:
         ValueError: for a Pyro loss that cannot see the pair's parameters, K for a Pyro ELBO, β for a loss without a
-            divergence to weight, closed divergences if their conditions fail, an objective that does not return one
+            divergence to weight, a mask around a batch-optimal scale, closed divergences if their conditions fail, an objective that does not return one
             number per datum, and one without a gradient through the guide's draws.
     """
     name = getattr(loss, "__name__", type(loss).__name__)
@@ -103,6 +105,9 @@ def check_loss(
         )
     # As the pair trains: it may sample other sites then, which this run refuses.
     trace = inspection.training
+    for site in trace.model.values():
+        if site.scored is not None and isinstance(site.bare, BatchOptimalNormal):
+            raise ValueError(MASKED_AROUND.format(f"site '{site.name}'"))
     if isinstance(loss, TraceMeanField_ELBO):
         _check_order(list(trace.guide), [name for name, site in trace.model.items() if not site.is_observed])
         _check_reparameterised(trace)

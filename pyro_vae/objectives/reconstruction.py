@@ -16,9 +16,10 @@ from torch.nn.functional import logsigmoid
 
 from pyro_vae.distributions.batch_optimal import BatchOptimalNormal
 from pyro_vae.distributions.discretised_logistic import DiscretisedLogistic
-from pyro_vae.pair.site import bare
+from pyro_vae.pair.site import bare, scored_entries
 
 __all__ = [
+    "MASKED_AROUND",
     "documents_mse_reconstruction",
     "gaussian_reconstruction",
     "mse_reconstruction",
@@ -27,6 +28,10 @@ __all__ = [
 ]
 
 LOG_2PI = math.log(2 * math.pi)
+MASKED_AROUND = (
+    "{} is masked around its batch-optimal scale, which would be taken over entries that are not scored: mask the "
+    "entries themselves, before .to_event, e.g. p_x(z).base_dist.mask(seen).to_event(1)"
+)
 
 
 def gaussian_reconstruction(
@@ -106,6 +111,8 @@ def optimal_scale_reconstruction(mean_squared_error: Tensor, size: int) -> Tenso
 def reconstruction(distribution: Any, x: Tensor) -> Tensor:
     """Return −log p(x | context) of a likelihood, computed from its parameters.
 
+    Entries that a mask of the likelihood leaves out count as zero.
+
     Args:
         distribution: Gaussian, Bernoulli, continuous Bernoulli or discretised logistic, factorised over the event.
         x: (B, *event).
@@ -114,9 +121,13 @@ def reconstruction(distribution: Any, x: Tensor) -> Tensor:
         The distribution's batch shape, in nats.
 
     Raises:
-        ValueError: for a distribution without a formula here.
+        ValueError: for a distribution without a formula here, and a mask around a batch-optimal one.
     """
-    return _sum_event(_entry_loss(bare(distribution), x), len(distribution.event_shape))
+    inner, scored = bare(distribution), scored_entries(distribution)
+    if scored is not None and isinstance(inner, BatchOptimalNormal):
+        raise ValueError(MASKED_AROUND.format("the likelihood"))
+    loss = _entry_loss(inner, x)
+    return _sum_event(loss if scored is None else torch.where(scored, loss, 0.0), len(distribution.event_shape))
 
 
 @functools.singledispatch
@@ -133,9 +144,9 @@ def _(distribution: Normal, x: Tensor) -> Tensor:
 @_entry_loss.register
 def _(distribution: BatchOptimalNormal, x: Tensor) -> Tensor:
     squares = (x - distribution.loc) ** 2
-    variance = squares.mean() + distribution.floor**2
-    distribution.record(variance.detach())
-    return (squares / variance + torch.log(variance) + LOG_2PI) / 2
+    variance = distribution.batch_variance(squares)
+    loss = (squares / variance + torch.log(variance) + LOG_2PI) / 2
+    return loss if distribution.scored is None else torch.where(distribution.scored, loss, 0.0)
 
 
 @_entry_loss.register

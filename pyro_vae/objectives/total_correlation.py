@@ -161,6 +161,11 @@ def _factorised_site(pair: Pair, trace: PairTrace) -> Site:
     if len(names) != 1 or pair.max_plate_nesting != 1:
         raise ValueError(f"the divergence is split for a guide with one latent site in the data plate; it has {names}")
     (site,) = trace.latents.values()
+    if site.scored is not None:
+        raise ValueError(
+            f"site '{site.name}' is masked, and the posteriors of two data are then densities of other entries: the "
+            "divergence is split for guides without masks; train with elbo or beta_elbo"
+        )
     if site.fn.event_dim != 1 or site.bare.event_shape != ():
         raise ValueError(
             f"the divergence is split entry by entry: the guide's site '{site.name}' "

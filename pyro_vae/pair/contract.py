@@ -79,10 +79,12 @@ def check_contract(pair: Pair, batch: tuple[Tensor, ...], trace: PairTrace) -> N
     """
     _check_sites(trace)
     check_measures(trace)
+    _check_masks(trace)
     with _tidy_store() as stored:
         _check_leaves(pair, batch, stored)
         reference = _Reference(pair, batch)
         reference.check_shapes()
+        reference.check_masked_latents_are_not_read()
         reference.check_reads_x_only_as_obs()
 
 
@@ -168,17 +170,32 @@ def _check_sites(trace: PairTrace) -> None:
         for site in sites.values():
             # Raises for a site outside the data plate.
             log_prob = site.log_prob
-            if site.is_scaled:
-                raise ValueError(
-                    f"site '{site.name}' is scaled inside the pair or around the call (poutine.scale): its log-density "
-                    "is then none; leave the weighting to training (beta) and the number of data to fit"
-                )
             parts = (part for part in vars(site.bare).values() if isinstance(part, Tensor))
             if any(part.dtype in COARSE for part in (log_prob, *parts)):
                 raise ValueError(
                     f"the {program}'s site '{site.name}' has parameters in half precision, too coarse for a "
                     "log-density: convert them, e.g. loc.float(), and leave autocast"
                 )
+
+
+def _check_masks(trace: PairTrace) -> None:
+    """Refuse a latent that one program scores and the other masks: its log-densities would not cancel."""
+    for name, site in trace.guide.items():
+        if site.scored is None and trace.model[name].scored is None:
+            continue
+        ours, theirs = (_scored_of(each, site.value) for each in (site, trace.model[name]))
+        if not torch.equal(ours, theirs):
+            raise ValueError(
+                f"site '{name}' is masked otherwise in the guide than in the model: a weight would hold one of its "
+                "log-densities without the other; put the same mask on both"
+            )
+
+
+def _scored_of(site: Site, value: Tensor) -> Tensor:
+    """Return the entries that a site scores, laid out and expanded as ``value``."""
+    scored = site.scored
+    whole = torch.ones((), dtype=torch.bool, device=value.device) if scored is None else scored
+    return site.lay_out(whole.expand(torch.broadcast_shapes(whole.shape, site.drawn.shape))).expand_as(value)
 
 
 def _check_leaves(pair: Pair, batch: tuple[Tensor, ...], stored: set[str]) -> None:
@@ -301,6 +318,26 @@ class _Reference:
         if len(everything) > 1:
             for row in everything:
                 self._compare(_View((row,), particles=True))
+
+    def check_masked_latents_are_not_read(self) -> None:
+        """Move latents where masks leave them out; what the model scores must stay."""
+        masked = {name: site.scored for name, site in self.guide.items() if not site.is_point_mass}
+        moved = dict(self.values)
+        for name, scored in masked.items():
+            if scored is not None:
+                # Another particle's draw: a value that the site can take, for any support.
+                value, dim = self.values[name], self.guide[name].particle_dim
+                moved[name] = torch.where(scored, value, value.roll(1, value.dim() + dim))
+        if all(scored is None for scored in masked.values()):
+            return
+        torch.manual_seed(0)
+        sites = run_model(self.pair, *self.batch, num_particles=PARTICLES, values=moved)
+        for name, site in self.model.items():
+            if not _agree(site.log_prob, sites[name].log_prob):
+                raise ValueError(
+                    f"site '{name}' reads latents that a mask leaves out: they have no prior there, and log p(x) means "
+                    "nothing; mask what reads them too, or read zeros in their place"
+                )
 
     def check_reads_x_only_as_obs(self) -> None:
         """Run the model on other data with the same latents; no distribution may change."""

@@ -10,14 +10,14 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from pyro.distributions import Delta, Independent, MaskedDistribution, VonMises
+from pyro.distributions import Delta, Independent, MaskedDistribution, Unit, VonMises
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import constraints
 
-__all__ = ["DATA", "PARTICLES", "Site", "bare", "is_point_mass", "sites_of"]
+__all__ = ["DATA", "PARTICLES", "Site", "bare", "is_point_mass", "scored_entries", "sites_of"]
 
 # Names of the two plates that a site's value and log-density are laid out by.
 PARTICLES, DATA = "particles", "data"
@@ -66,6 +66,7 @@ class Site:
         self.name: str = node["name"]
         self.fn: Any = node["fn"]
         self.drawn: Tensor = node["value"]
+        self._plates: tuple[str, ...] = tuple(frame.name for frame in node["cond_indep_stack"])
         frames = [frame for frame in node["cond_indep_stack"] if frame.dim is not None]
         self._dims: dict[str, int] = {frame.name: frame.dim for frame in frames}
         self._sizes: dict[str, int] = {frame.name: frame.size for frame in frames}
@@ -107,6 +108,16 @@ class Site:
         return bool(self.fn.support.is_discrete)
 
     @property
+    def is_factor(self) -> bool:
+        """Whether the site is a term of ``pyro.factor``, and no distribution."""
+        return isinstance(self.bare, Unit)
+
+    @property
+    def is_auxiliary(self) -> bool:
+        """Whether one of Pyro's AutoGuides sampled the site for itself."""
+        return bool(self._node["infer"].get("is_auxiliary", False))
+
+    @property
     def is_reparameterised(self) -> bool:
         """Whether draws have a gradient (``has_rsample``)."""
         return bool(self.fn.has_rsample)
@@ -116,6 +127,17 @@ class Site:
         """Whether a handler inside the program multiplies the log-density (``poutine.scale``)."""
         scale = self._node["scale"]
         return not isinstance(scale, (int, float)) or scale != 1
+
+    @property
+    def handler_mask(self) -> Tensor | None:
+        """The mask of ``poutine.mask``, broadcastable to the batch; None if every datum is scored."""
+        mask = self._node["mask"]
+        return None if mask is None or mask is True else torch.as_tensor(mask)
+
+    @property
+    def scored(self) -> Tensor | None:
+        """True at the entries that masks leave scored, broadcastable to :attr:`drawn`; None without a mask."""
+        return scored_entries(self.fn, self.handler_mask)
 
     @property
     def entry_support(self) -> Any:
@@ -152,17 +174,38 @@ class Site:
         Raises:
             ValueError: for a site outside the data plate, and for a batch dimension that belongs to no plate.
         """
-        if DATA not in self._dims:
-            raise ValueError(
-                f"site '{self.name}' lies outside the data plate: sample a latent of each datum inside "
-                "pyro.plate('data', len(x)); make a latent that all data share, e.g. weights with a prior, an "
-                "nn.Parameter, or train it by Pyro's SVI, since with it log p of the data is no sum over them"
-            )
+        self.check_plate()
         leading = {self._dims[name] for name in self._leading()}
         log_prob = scale_and_mask(self.fn.log_prob(self.drawn), 1.0, self._node["mask"])
         self._check_batch_shape(log_prob.shape)
         others = [dim for dim in range(-log_prob.dim(), 0) if dim not in leading]
         return log_prob.sum(others) if others else log_prob
+
+    def check_plate(self) -> None:
+        """Refuse a site outside the data plate.
+
+        Raises:
+            ValueError: naming the plates that it lies in, or the way to have a latent that all data share.
+        """
+        if DATA in self._dims:
+            return
+        found = [name for name in self._plates if name != PARTICLES]
+        if DATA in found:
+            raise ValueError(
+                f"site '{self.name}' lies in a loop over plate 'data': write 'with pyro.plate(…)' in place of it, "
+                "which runs all data at once"
+            )
+        if found:
+            raise ValueError(
+                f"site '{self.name}' lies in the plates {found} and not in the data plate: call the plate of the data "
+                "'data', pyro.plate('data', len(x))"
+            )
+        raise ValueError(
+            f"site '{self.name}' lies outside the data plate: sample a latent of each datum inside "
+            "pyro.plate('data', len(x)); make a latent that all data share, e.g. weights with a prior, an "
+            "nn.Parameter (a point estimate), or train it by Pyro's SVI, since with it log p of the data is no sum "
+            "over them"
+        )
 
     @property
     def value(self) -> Tensor:
@@ -173,6 +216,11 @@ class Site:
     def data_dim(self) -> int:
         """Dimension of the data in :attr:`drawn`, negative."""
         return self._dims[DATA] - int(self.fn.event_dim)
+
+    @property
+    def particle_dim(self) -> int:
+        """Dimension of the particles in :attr:`drawn`, negative."""
+        return self._dims[PARTICLES] - int(self.fn.event_dim)
 
     def lay_out(self, tensor: Tensor, event_dim: int | None = None) -> Tensor:
         """Lay out a tensor in the program's order, e.g. the distribution's mean, as :attr:`value` is.
@@ -245,7 +293,7 @@ def sites_of(trace: Trace) -> dict[str, Site]:
     """Return a trace's sample sites by name, in order, without those of ``pyro.deterministic``.
 
     Raises:
-        ValueError: for a plate that subsamples.
+        ValueError: for a plate that subsamples, and a site that is scaled.
     """
     sites = {}
     for name, node in trace.nodes.items():
@@ -258,8 +306,44 @@ def sites_of(trace: Trace) -> dict[str, Site]:
                     "training scales by itself, and a scale inside a pair breaks every bound with a logsumexp"
                 )
             continue
-        sites[name] = Site(node)
+        site = sites[name] = Site(node)
+        if site.is_scaled:
+            raise ValueError(
+                f"site '{name}' is scaled inside the pair or around the call (poutine.scale): its log-density "
+                "is then none; leave the weighting to training (beta) and the number of data to fit"
+            )
     return sites
+
+
+def scored_entries(distribution: Any, mask: Tensor | None = None) -> Tensor | None:
+    """Return True at the entries of an event that a distribution's masks leave scored.
+
+    Args:
+        distribution: any distribution, with its wrappers.
+        mask: one more mask of the batch.
+
+    Returns:
+        Broadcastable to (*batch, *event); None without a mask.
+
+    >>> from pyro.distributions import Normal
+    >>> scored_entries(Normal(torch.zeros(2, 3), 1.0).mask(torch.tensor([True, False, True])).to_event(1))
+    tensor([[ True, False,  True],
+            [ True, False,  True]])
+    """
+    masks = [] if mask is None else [_of_entries(mask, distribution)]
+    while type(distribution) in WRAPPERS:
+        if isinstance(distribution, MaskedDistribution) and distribution._mask is not True:
+            masks.append(_of_entries(torch.as_tensor(distribution._mask), distribution))
+        distribution = distribution.base_dist
+    scored: Tensor | None = None
+    for each in masks:
+        scored = each if scored is None else scored & each.to(scored.device)
+    return scored
+
+
+def _of_entries(mask: Tensor, distribution: Any) -> Tensor:
+    """Append a distribution's event dimensions to a mask of its batch."""
+    return mask[(..., *(None,) * distribution.event_dim)]
 
 
 def bare(distribution: Any) -> Any:

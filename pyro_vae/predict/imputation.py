@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from pyro.distributions import MaskedDistribution
 from torch import Tensor
 
 from pyro_vae.pair.inspection import inspect
@@ -156,11 +157,14 @@ class _Chain:
 
 
 def _entrywise(site: Site) -> Tensor:
-    """Return log p of each entry of x, (K, B, …)."""
+    """Return log p of each entry of x, (K, B, …), zero where a mask leaves it out."""
     distribution = site.fn
+    while isinstance(distribution, MaskedDistribution):
+        distribution = distribution.base_dist
     if not isinstance(distribution, torch.distributions.Independent) or distribution.base_dist.event_shape:
         raise ValueError(
             f"site '{site.name}' has a {type(distribution).__name__} likelihood: impute needs one that factorises "
             "over the entries of x, a .to_event() of univariate distributions"
         )
-    return distribution.base_dist.log_prob(site.drawn)
+    log_prob, scored = distribution.base_dist.log_prob(site.drawn), site.scored
+    return log_prob if scored is None else torch.where(scored, log_prob, 0.0)

@@ -86,7 +86,11 @@ def em(pair: Pair, x: Tensor, *, steps: int = 200, tolerance: float = 1e-7) -> E
         raise ValueError(f"steps is {steps}; it must be at least 1")
     if not tolerance >= 0:
         raise ValueError(f"tolerance is {tolerance}; it is a gain in nats and cannot be negative")
-    inspect(pair, (x,))
+    trace = inspect(pair, (x,)).trace
+    if masked := sorted(name for name, site in trace.model.items() if site.scored is not None):
+        raise ValueError(
+            f"{masked} are masked, which exact steps do not see: train with pv.fit, which scores what the mask leaves"
+        )
     (x,) = to_pair(pair, (x,))
     after_e: list[float] = []
     after_m: list[float] = []
