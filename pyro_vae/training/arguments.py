@@ -23,7 +23,7 @@ class Settings:
     """Numbers that training is set by; :func:`~pyro_vae.fit` explains each of them."""
 
     batch_size: int
-    lr: float
+    lr: float | None
     beta: float
     warmup: int
     clip_norm: float | None
@@ -55,7 +55,9 @@ class Settings:
             raise ValueError(
                 f"beta is {self.beta}, warmup {self.warmup}; both must be finite, and neither may be negative"
             )
-        if not 0 < self.lr < math.inf:
+        if self.beta == 0 and self.warmup:
+            raise ValueError(f"warmup is {self.warmup}, and beta 0: no weight rises to 0, leave warmup out")
+        if self.lr is not None and not 0 < self.lr < math.inf:
             raise ValueError(f"lr is {self.lr}; it must be positive and finite")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm is {self.clip_norm}; it must be positive, or None for no clipping")

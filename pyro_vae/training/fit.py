@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +37,8 @@ MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 MakeScheduler = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
 # Capturing a program takes about as long as this many small steps: "auto" waits until a kind of step has come as often.
 STEPS_BEFORE_CAPTURE = 50
+# Learning rate of the default optimiser.
+RATE = 1e-3
 # Attributes of an ELBO that decide which loss it is.
 NUMBERS_OF_A_LOSS = ("alpha", "beta", "gamma", "data_size", "num_particles", "self_links")
 
@@ -62,7 +65,7 @@ def fit(
     num_particles: int = 1,
     validation: Data | float | None = None,
     optimizer: MakeOptimizer | None = None,
-    lr: float = 1e-3,
+    lr: float | None = None,
     scheduler: MakeScheduler | None = None,
     beta: float = 1.0,
     warmup: int = 0,
@@ -103,8 +106,9 @@ def fit(
         num_particles: draws of z per datum for an objective. A Pyro ELBO has its number, e.g.
             ``Trace_ELBO(num_particles=5)``.
         validation: held-out data, or the share of ``data`` to hold out.
-        optimizer: a function from the parameters to a torch optimiser; fused Adam with ``lr`` by default.
-        lr: learning rate of the default optimiser.
+        optimizer: an optimiser class of torch, or a function from the parameters to an optimiser, which sets its
+            learning rate itself; fused Adam by default.
+        lr: learning rate of the default optimiser, 0.001 without it, or of an optimiser class.
         scheduler: a function from the optimiser to a scheduler of ``torch.optim.lr_scheduler``. It takes a step after
             each epoch; a ``ReduceLROnPlateau`` follows the validation loss.
         beta: β, the weight of the divergence of a Pyro ELBO. An objective takes its weight itself, e.g.
@@ -153,10 +157,15 @@ def fit(
     _check_capture(capture, compiled)
     processes, target = _place(device, precision, tf32)
     train, held_out, inspection = _data(pair, data, validation, precision, seed)
+    if config and run_dir is None:
+        raise ValueError("config adds entries to a run folder's config.json: give run_dir too, or leave config out")
     settings = Settings(batch_size, lr, beta, warmup, clip_norm, num_particles, patience, seed, compiled, tf32)
     settings.check(train, held_out, epochs=epochs, processes=processes.size)
     check_loss(inspection, loss, train, num_particles=num_particles, uses_beta=settings.uses_beta)
     update = _optimizer(optimizer, list(pair.to(target).parameters()), lr)
+    _check_moves_all(pair, update)
+    # Before a scheduler moves it.
+    settings = replace(settings, lr=_rate(update))
     schedule = None if scheduler is None else _schedule(scheduler, update, held_out is not None)
     identity = _identity(settings, loss, update, schedule, (train, held_out), precision or _dtype(pair), processes)
     in_bfloat16 = list(inspection.networks) if precision == "bf16-mixed" else []
@@ -235,19 +244,53 @@ def _identity(
     )
 
 
-def _optimizer(make: MakeOptimizer | None, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+def _optimizer(make: MakeOptimizer | None, parameters: list[nn.Parameter], lr: float | None) -> torch.optim.Optimizer:
     if make is None:
         # Fused: one pass over parameters and moments instead of a dozen.
-        return torch.optim.Adam(parameters, lr=lr, fused=True)
-    if not callable(make):
+        return torch.optim.Adam(parameters, lr=RATE if lr is None else lr, fused=True)
+    if isinstance(make, pyro.optim.PyroOptim) or not callable(make):
+        is_pyros = isinstance(make, pyro.optim.PyroOptim)
+        name = f"Pyro's {make.pt_optim_constructor.__name__}" if is_pyros else type(make).__name__
         raise ValueError(
-            f"optimizer is {type(make).__name__}; it must be a function that makes one from the pair's parameters: "
+            f"optimizer is {name}; it must be a function that makes one from the pair's "
+            "parameters: lambda parameters: torch.optim.Adam(parameters, lr=1e-3)"
+        )
+    if lr is None:
+        update = make(parameters)
+    elif isinstance(make, type) and issubclass(make, torch.optim.Optimizer):
+        update = make(parameters, lr=lr)  # type: ignore[call-arg]
+    else:
+        raise ValueError(
+            f"lr is {lr}, and optimizer is a function, which sets the learning rate itself: leave lr out, and set it "
+            f"there: lambda parameters: torch.optim.Adam(parameters, lr={lr})"
+        )
+    if not isinstance(update, torch.optim.Optimizer):
+        raise ValueError(
+            f"optimizer gives {type(update).__name__}; it must make a torch optimiser from the pair's parameters: "
             "lambda parameters: torch.optim.Adam(parameters, lr=1e-3)"
         )
-    update = make(parameters)
     if isinstance(update, torch.optim.LBFGS):
         raise ValueError("LBFGS evaluates its loss several times a step, on new draws each time: use another optimiser")
     return update
+
+
+def _check_moves_all(pair: Pair, update: torch.optim.Optimizer) -> None:
+    """Refuse an optimiser that leaves out a trainable parameter, or moves one that no run folder would keep."""
+    moved = {id(parameter) for group in update.param_groups for parameter in group["params"]}
+    if missing := [name for name, p in pair.named_parameters() if p.requires_grad and id(p) not in moved]:
+        raise ValueError(
+            f"the optimiser leaves out {len(missing)} trainable parameters, the first '{missing[0]}': give it all of "
+            "them, or call requires_grad_(False) on those that are to stay as they are"
+        )
+    if moved - {id(parameter) for parameter in pair.parameters()}:
+        raise ValueError(
+            "the optimiser moves tensors that are no parameters of the pair: store them in the pair, as nn.Parameter"
+        )
+
+
+def _rate(update: torch.optim.Optimizer) -> float | None:
+    rate = update.param_groups[0].get("lr")
+    return None if rate is None else float(rate)
 
 
 def _schedule(
