@@ -15,6 +15,7 @@ from pyro_vae.likelihood.psis import trust_threshold
 from pyro_vae.likelihood.weights import WeightStream, WeightSummary
 from pyro_vae.pair.inspection import inspect
 from pyro_vae.pair.modes import chunks, drawing, to_pair
+from pyro_vae.pair.observed import dependent_on_draws
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.site import DATA, PARTICLES, Site
 from pyro_vae.pair.trace import PairTrace, run_model, trace_pair
@@ -65,7 +66,7 @@ def to_arviz(
         ``x_column`` for an image. Its groups:
 
         * ``posterior``: each latent site;
-        * ``posterior_predictive``: x drawn at each draw of the latents;
+        * ``posterior_predictive``: x drawn at each draw of the latents, and so are other data that depend on them;
         * ``log_likelihood``: log p(x), in nats, or the quantity named by the attribute ``quantity``;
         * ``sample_stats``: ``log_weights`` (particle_index, datum) in nats; ``particle`` (chain, draw, datum), the
           index of each draw's particle; per datum ``pareto_k``, ``ess`` and ``standard_error`` (of log p(x), nats);
@@ -89,13 +90,15 @@ def to_arviz(
             f"num_draws is {num_draws}, num_particles {num_particles}: draws are taken among the particles, at least "
             "one and no more than there are"
         )
-    quantity = inspect(pair, batch).quantity
+    inspection = inspect(pair, batch)
     batch = to_pair(pair, batch)
+    # Data that latents explain are predicted; a label at the root of the model stays as it is.
+    predicted = (inspection.x.name, *(dependent_on_draws(pair, *batch) if len(batch) > 1 else ()))
     with drawing(pair, seed):
-        exporter = _Exporter(pair, num_particles, num_draws)
+        exporter = _Exporter(pair, num_particles, num_draws, predicted)
         data, exporter.chunk = chunk_sizes(exporter.propose, batch, num_particles, memory)
         parts = [exporter.export(chunk, i * data) for i, chunk in enumerate(chunks(batch, data))]
-    return inference_data(_groups(parts, batch[1:], num_particles, quantity))
+    return inference_data(_groups(parts, batch[1:], num_particles, inspection.quantity, inspection.x.name))
 
 
 def to_elpd(log_likelihood: LogLikelihood) -> Any:
@@ -128,10 +131,11 @@ def to_elpd(log_likelihood: LogLikelihood) -> Any:
     """
     import xarray
 
-    if not log_likelihood.quantity.endswith("log p(x)"):
+    if log_likelihood.beside:
         raise ValueError(
-            f"this is {log_likelihood.quantity}; models are compared by log p(x), which a point mass on a continuous "
-            "site does not give: give the guide a density there"
+            f"this is {log_likelihood.quantity}: {log_likelihood.beside}; models are compared by log p(x): estimate it "
+            "by a model that observes x alone and a guide with densities, e.g. with labels as conditions that no site "
+            "observes"
         )
     terms = log_likelihood.per_datum.double().numpy()
     pareto_k = log_likelihood.pareto_k.numpy()
@@ -169,8 +173,9 @@ class _Part(NamedTuple):
 class _Exporter:
     """Draw particles of the guide, resample them and predict from them, ``chunk`` particles at a time."""
 
-    def __init__(self, pair: Pair, num_particles: int, num_draws: int) -> None:
+    def __init__(self, pair: Pair, num_particles: int, num_draws: int, predicted: tuple[str, ...]) -> None:
         self.pair, self.num_particles, self.num_draws, self.chunk = pair, num_particles, num_draws, 1
+        self.predicted = predicted
 
     def propose(self, batch: tuple[Tensor, ...], size: int) -> tuple[PairTrace, Tensor]:
         """Return a run of guide and model, and its log-weights (size, b)."""
@@ -201,7 +206,11 @@ class _Exporter:
         return _Part(
             {name: _named(draws[name], site) for name, site in trace.latents.items()},
             self._predict(batch, draws, trace),
-            {name: _unvarying(site.value, site) for name, site in trace.model.items() if site.is_observed},
+            {
+                name: _unvarying(site.value, site)
+                for name, site in trace.model.items()
+                if site.is_observed and not site.is_factor
+            },
             {name: _unvarying(draws[name], trace.guide[name]) for name in draws if name in trace.point_masses},
             log_weights,
             particle,
@@ -212,13 +221,13 @@ class _Exporter:
         return [min(self.chunk, total - start) for start in range(0, total, self.chunk)]
 
     def _predict(self, batch: tuple[Tensor, ...], draws: dict[str, Tensor], trace: PairTrace) -> dict[str, _Named]:
-        """Draw the observed sites given the latents."""
+        """Draw x, and the other observed sites that depend on latents, given the latents."""
         found: dict[str, list[Tensor]] = {}
         start = 0
         for size in self._chunks(self.num_draws):
             some = {name: trace.guide[name].as_drawn(value[start : start + size]) for name, value in draws.items()}
-            sites = run_model(self.pair, *batch, num_particles=size, values=some, observe=False)
-            for name in sites.keys() - draws.keys():
+            sites = run_model(self.pair, *batch, num_particles=size, values=some, draw=self.predicted)
+            for name in self.predicted:
                 found.setdefault(name, []).append(sites[name].value)
             start += size
         return {name: _named(torch.cat(parts), sites[name]) for name, parts in found.items()}
@@ -249,7 +258,9 @@ def _unvarying(value: Tensor, site: Site) -> _Named:
     return _Named(named.value[0], named.dims[1:])
 
 
-def _groups(parts: list[_Part], conditions: tuple[Tensor, ...], num_particles: int, quantity: str) -> dict[str, Any]:
+def _groups(
+    parts: list[_Part], conditions: tuple[Tensor, ...], num_particles: int, quantity: str, x: str
+) -> dict[str, Any]:
     """Return ArviZ's groups as data sets over all data."""
     import xarray
 
@@ -271,7 +282,7 @@ def _groups(parts: list[_Part], conditions: tuple[Tensor, ...], num_particles: i
     groups = {
         "posterior": joined("posterior"),
         "posterior_predictive": joined("predictive"),
-        "log_likelihood": {next(iter(observed)): (("chain", "draw", "datum"), marginal)},
+        "log_likelihood": {x: (("chain", "draw", "datum"), marginal)},
         "sample_stats": {
             "log_weights": (("particle_index", "datum"), log_weights),
             "particle": (("chain", "draw", "datum"), particle[None]),

@@ -222,10 +222,8 @@ def _measure(guide: Site, model: Site, leading: tuple[int, int]) -> _PerDatum:
 
 def _scored(site: Site) -> Tensor | None:
     """Return whether each entry of a datum is scored, (B, entries), None without a mask."""
-    scored = site.scored
-    if scored is None:
-        return None
-    return _by_datum(scored.expand(torch.broadcast_shapes(scored.shape, site.drawn.shape)), site)[0]
+    scored = site.scored_value
+    return None if scored is None else scored[0].reshape(scored.shape[1], -1)
 
 
 def _diagonal_kl(q: Any, p: Any) -> Tensor | None:

@@ -30,7 +30,8 @@ class LogLikelihood(NamedTuple):
         ess: effective sample size (Σ w)² / Σ w², (B,).
         num_particles: K.
         quantity: name of the estimated quantity. It is "log p(x)"; "lower bound on log p(x)" if the guide fixes a
-            discrete site to a point mass; a joint density, e.g. "log p(x, y)", if it fixes a continuous one.
+            discrete site to a point mass; a joint density, e.g. "log p(x, y)", if it fixes a continuous one, or if the
+            model observes another site.
         discrete: whether every observed site is a probability mass.
         num_dimensions: D, entries of one datum.
         pareto_k: shape k̂ of the weights' tail, (B,); −∞ for weights that are equal up to rounding, NaN for K < 25.
@@ -40,6 +41,7 @@ class LogLikelihood(NamedTuple):
         curve_standard_error: Monte Carlo errors of ``curve`` from the spread of the groups, (J, B); the last one is
             by the delta method.
         num_scored: entries of each datum that the likelihood's mask leaves scored, (B,); None without a mask.
+        beside: a clause on the sites that ``quantity`` concerns beside x; empty for log p(x) or a bound on it.
     """
 
     per_datum: Tensor
@@ -54,6 +56,7 @@ class LogLikelihood(NamedTuple):
     curve: Tensor
     curve_standard_error: Tensor
     num_scored: Tensor | None = None
+    beside: str = ""
 
     @property
     def mean(self) -> float:
@@ -98,7 +101,7 @@ class LogLikelihood(NamedTuple):
     @property
     def has_bits(self) -> bool:
         """Whether bits per dimension have a meaning: a mass on discrete data, of x alone."""
-        return self.discrete and self.quantity.endswith("log p(x)") and self._dimensions > 0
+        return self.discrete and not self.beside and self._dimensions > 0
 
     @property
     def bits_per_dimension(self) -> float:
@@ -110,8 +113,8 @@ class LogLikelihood(NamedTuple):
             ValueError: for a density, since its value depends on the data's unit, for a joint density, and for data
                 without a scored entry.
         """
-        if not self.quantity.endswith("log p(x)"):
-            raise ValueError(f"bits per dimension are of p(x) alone; this is {self.quantity}")
+        if self.beside:
+            raise ValueError(f"bits per dimension are of p(x) alone; this is {self.quantity}: {self.beside}")
         if not self.discrete:
             raise ValueError(
                 "bits per dimension need a probability mass: use a discretised likelihood on the data's own levels"
@@ -153,6 +156,8 @@ class LogLikelihood(NamedTuple):
         }
         if self.has_bits:
             record["bits_per_dimension"] = self.bits_per_dimension
+        if self.beside:
+            record["beside"] = self.beside
         return _fit_for_json(record)
 
     def __repr__(self) -> str:
@@ -207,17 +212,21 @@ def likelihood_notes(record: dict[str, Any]) -> list[str]:
             "data. Do not trust their estimates and errors; both tend to be too small. Raise the number of particles, "
             "widen or train the guide, or anneal these data (`pv.annealed_log_likelihood`)."
         )
-    if record["quantity"].startswith("log p(x, "):
+    if beside := record.get("beside"):
         notes.append(
-            "The guide fixes a continuous site to a point mass, so this is a joint log-density. It depends on that "
-            "site's unit; do not compare it with a log p(x)."
+            f"This is {record['quantity']}: {beside}. Do not compare it with a log p(x); a joint density depends on "
+            "the unit of each site in it."
         )
     return notes
 
 
 def _numbers(record: dict[str, Any]) -> dict[str, float]:
     """Return a record's numbers as floats, also those that are not finite."""
-    return {name: float(value) for name, value in record.items() if name != "quantity" and not isinstance(value, list)}
+    return {
+        name: float(value)
+        for name, value in record.items()
+        if name not in ("quantity", "beside") and not isinstance(value, list)
+    }
 
 
 def _fit_for_json(value: Any) -> Any:

@@ -158,6 +158,7 @@ def _estimate(proposal: Proposal, batch: tuple[Tensor, ...], settings: _Settings
         curve=summary.curve,
         curve_standard_error=summary.curve_standard_error,
         num_scored=num_scored,
+        beside=proposal.beside(inspection),
     )
 
 
@@ -168,10 +169,9 @@ def _num_scored(inspection: Inspection, batch: tuple[Tensor, ...]) -> Tensor | N
     counts = []
     for chunk in chunks(batch, CHUNK):
         site = site_of_x(run_model(inspection.pair, *chunk, num_particles=1), chunk[0])
-        scored = site.scored
+        scored = site.scored_value
         assert scored is not None
-        whole = site.lay_out(scored.expand(torch.broadcast_shapes(scored.shape, site.drawn.shape)))
-        counts.append(whole[0].flatten(1).double().mean(1).cpu())
+        counts.append(scored[0].reshape(len(chunk[0]), -1).double().mean(1).cpu())
     return torch.cat(counts) * getattr(inspection.pair, "num_dimensions", batch[0][0].numel())
 
 

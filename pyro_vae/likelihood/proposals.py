@@ -54,6 +54,10 @@ class Proposal(abc.ABC):
     def quantity(self, inspection: Inspection) -> str:
         """Return the name of the quantity that the weights estimate."""
 
+    @abc.abstractmethod
+    def beside(self, inspection: Inspection) -> str:
+        """Return a clause on the sites that the quantity concerns beside x; empty for log p(x) or a bound on it."""
+
 
 class GuideProposal(Proposal):
     """The pair's guide: w = p(x, z) / q(z | x)."""
@@ -72,6 +76,9 @@ class GuideProposal(Proposal):
     def quantity(self, inspection: Inspection) -> str:
         return inspection.quantity
 
+    def beside(self, inspection: Inspection) -> str:
+        return inspection.beside
+
 
 class PriorProposal(Proposal):
     """The model's prior: w = p(x | z)."""
@@ -86,6 +93,9 @@ class PriorProposal(Proposal):
 
     def quantity(self, inspection: Inspection) -> str:
         return inspection.prior_quantity
+
+    def beside(self, inspection: Inspection) -> str:
+        return inspection.prior_beside
 
     def _observed(self, batch: tuple[Tensor, ...], num_particles: int) -> dict[str, Site]:
         sites = run_model(self.pair, *batch, num_particles=num_particles)

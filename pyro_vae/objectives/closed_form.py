@@ -63,24 +63,25 @@ def analytic_loss(
             f"{type(pair).__name__} has no closed form: give it a method closed_form, or train with Trace_ELBO"
         )
     batch = to_pair(pair, batch)
-    observed = _check_sites(pair, batch)
+    sites = _check_sites(pair, batch)
     loss = pair.closed_form(*batch, num_particles=num_particles, mixture_kl=mixture_kl)
-    if left_out := sorted(observed - set(loss._asdict())):
+    if left_out := sorted(sites - set(loss._asdict())):
         raise ValueError(
-            f"the model observes {left_out}, of which the closed form of {type(pair).__name__} has no term: give the "
-            "pair a closed_form with a field for each site, or train with Trace_ELBO"
+            f"the model has the sites {left_out}, of which the closed form of {type(pair).__name__} has no term: give "
+            "the pair a closed_form with a field for each site, or train with Trace_ELBO"
         )
     return loss
 
 
 def _check_sites(pair: Pair, batch: tuple[Tensor, ...]) -> set[str]:
-    """Refuse handlers around the model's sites; return the names of those that it observes."""
+    """Refuse masks around the model's sites, and sites of all data; return the sites' names."""
     with drawing(pair, seed=0):
         model = trace_pair(pair, *(tensor[:1] for tensor in batch)).model
     for site in model.values():
+        site.check_plates()
         if site.handler_mask is not None:
             raise ValueError(
                 f"site '{site.name}' is masked by poutine.mask, which closed_form does not see: mask the distribution "
                 "that both use, or train with Trace_ELBO"
             )
-    return {name for name, site in model.items() if site.is_observed}
+    return set(model)

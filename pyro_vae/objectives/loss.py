@@ -90,8 +90,8 @@ def check_loss(
 
     Raises:
         ValueError: for a Pyro loss that cannot see the pair's parameters, K for a Pyro ELBO, β for a loss without a
-            divergence to weight, a mask around a batch-optimal scale, closed divergences if their conditions fail, an objective that does not return one
-            number per datum, and one without a gradient through the guide's draws.
+            divergence to weight, a mask around a batch-optimal scale, closed divergences if their conditions fail, an
+            objective that does not return one number per datum, and one without a gradient through the guide's draws.
     """
     name = getattr(loss, "__name__", type(loss).__name__)
     if name.startswith("Jit") or isinstance(loss, ReweightedWakeSleep):

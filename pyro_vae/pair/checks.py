@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
+from pyro_vae.pair.failures import name_of_condition
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.site import Site
 
-__all__ = ["check_batch", "check_finite", "check_tensor", "refuse_outside"]
+__all__ = ["check_batch", "check_conditions", "check_finite", "check_tensor", "refuse_outside"]
 
 # Entries checked together. Marks of all entries could take more memory than the data, e.g. a memory-mapped file.
 ENTRIES = 2**20
@@ -65,39 +66,88 @@ def check_finite(x: Tensor, argument: str) -> None:
         )
 
 
-def refuse_outside(site: Site, value: Tensor, argument: str, seen: Tensor | None = None) -> None:
-    """Refuse values outside a site's support, entry by entry.
+def check_conditions(pair: Pair, model: Mapping[str, Site], few: tuple[Tensor, ...], batch: tuple[Tensor, ...]) -> None:
+    """Refuse conditions that the model observes outside their sites' supports, e.g. a fourth of three labels.
+
+    Args:
+        pair: the pair.
+        model: the model's sites, from a run on ``few``.
+        few: some rows of ``batch``; a site's data are known by them.
+        batch: ``x`` and the conditions.
+
+    Raises:
+        ValueError: naming the condition, the fault and the way out.
+    """
+    for site in model.values():
+        if not site.is_observed or site.is_factor or site.drawn is few[0]:
+            continue
+        index = next((i for i in range(1, len(few)) if _is_from(site.drawn, few[i])), None)
+        if index is None:
+            refuse_outside(site, site.drawn, f"the data of site '{site.name}'", advice=OTHER_VALUES)
+        else:
+            whole = batch[index].to(site.drawn.dtype).reshape(len(batch[0]), *site.drawn.shape[1:])
+            refuse_outside(site, whole, name_of_condition(pair, index), advice=OTHER_VALUES)
+
+
+def _is_from(value: Tensor, condition: Tensor) -> bool:
+    """Whether a site observes a condition, as it is or as another dtype or shape."""
+    if value is condition:
+        return True
+    same = value.dim() > 0 and len(value) == len(condition) and value.numel() == condition.numel()
+    return same and torch.equal(condition.to(value.dtype).reshape(value.shape), value)
+
+
+# Likelihoods that would take data outside the support of x's site, and the way out for other sites.
+LIKELIHOODS = (
+    "use a Bernoulli for data in {0, 1} (pv.data.binarise), a continuous Bernoulli for [0, 1], a discretised logistic "
+    "for gray levels (with the data's own number of levels), a Gaussian for real data"
+)
+OTHER_VALUES = (
+    "pass values in that set, also where a mask leaves them out, or give the site a distribution of such values"
+)
+
+
+def refuse_outside(
+    site: Site, value: Tensor, argument: str, seen: Tensor | None = None, advice: str = LIKELIHOODS
+) -> None:
+    """Refuse values outside a site's support, entry by entry, or vector by vector for e.g. a simplex.
 
     Args:
         site: an observed site.
         value: data, (N, …).
         argument: the argument's name, for messages.
         seen: True at the entries to check; all of them without it.
+        advice: the way out.
 
     Raises:
-        ValueError: with their number, the first one, and likelihoods that would take it.
+        ValueError: with their number, the first one, and the way out.
     """
     support = site.entry_support
+    entries = value.shape[1 : value.dim() - support.event_dim]
     # A support that depends on a batch's parameters has the batch's shape; Pyro checks it batch by batch.
-    if support.check(value[:1]).shape != value[:1].shape:
+    if value.dim() <= support.event_dim or support.check(value[:1]).shape != (1, *entries):
         return
     outside = (~support.check(part) for part in _parts(value))
     if seen is not None:
-        outside = (bad & part for bad, part in zip(outside, _parts(seen.expand_as(value)), strict=True))
+        whole = seen.expand_as(value).reshape(len(value), *entries, -1).all(-1)
+        outside = (bad & part for bad, part in zip(outside, whole.split(_rows(value)), strict=True))
     count, first = _marked(outside)
     if not count:
         return
+    shown = f" {float(value[first]):.4g}" if support.event_dim == 0 else ""
     raise ValueError(
-        f"{argument} has {count} values outside the support of site '{site.name}' ({support}), the first "
-        f"{float(value[first]):.4g} at index {first}: use a Bernoulli for data in {{0, 1}} (pv.data.binarise), a "
-        "continuous Bernoulli for [0, 1], a discretised logistic for gray levels (with the data's own number of "
-        "levels), a Gaussian for real data"
+        f"{argument} has {count} values outside the support of site '{site.name}' ({support}), the first{shown} at "
+        f"index {first}: {advice}"
     )
 
 
 def _parts(x: Tensor) -> tuple[Tensor, ...]:
     """Split data by rows into parts of about ``ENTRIES`` entries."""
-    return x.split(max(1, ENTRIES * len(x) // max(1, x.numel())))
+    return x.split(_rows(x))
+
+
+def _rows(x: Tensor) -> int:
+    return max(1, ENTRIES * len(x) // max(1, x.numel()))
 
 
 def _marked(parts: Iterable[Tensor]) -> tuple[int, tuple[int, ...]]:

@@ -16,11 +16,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pyro_vae.pair.failures import COARSE, TOO_COARSE, automatic_guide
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.site import Site
-from pyro_vae.pair.trace import PairTrace, check_measures, check_same_latents, run_guide, run_model, trace_pair
+from pyro_vae.pair.trace import (
+    AUTOMATIC,
+    PairTrace,
+    check_measures,
+    check_same_latents,
+    run_guide,
+    run_model,
+    site_of_x,
+    trace_pair,
+)
 
-__all__ = ["check_contract", "couples_in_training", "probe", "trace_few", "without_gradient"]
+__all__ = ["check_contract", "check_parameters", "couples_in_training", "probe", "trace_few", "without_gradient"]
 
 # Particles of the reference run; another number than that of the data, which tells the two axes apart.
 PARTICLES = 2
@@ -28,8 +38,6 @@ PARTICLES = 2
 DATA = 3
 # Roundings by which one log-density may differ: matmuls over another batch sum in another order.
 ROUNDINGS = 1000
-# Types too coarse for a log-density: bfloat16 has 8 bits, an error of a nat at 256.
-COARSE = (torch.float16, torch.bfloat16)
 
 
 def probe(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -50,12 +58,17 @@ def trace_few(pair: Pair, batch: tuple[Tensor, ...]) -> PairTrace:
         ValueError: for parameters of half precision, other latent sites in guide and model, and programs that fail once
             there is an axis of particles.
     """
+    if name := automatic_guide(pair):
+        raise ValueError(AUTOMATIC.format(f"{name} is one"))
     _check_precision(pair)
+    check_parameters(pair)
 
     def run() -> PairTrace:
         trace = trace_pair(pair, *batch)
-        for site in (*trace.guide.values(), *trace.model.values()):
-            _ = site.log_prob
+        # Data outside their support are refused by the checks of the data; scoring them may fail in torch's words.
+        if all(site.is_supported for site in trace.model.values() if site.is_observed):
+            for site in (*trace.guide.values(), *trace.model.values()):
+                _ = site.log_prob
         return trace
 
     try:
@@ -117,13 +130,25 @@ def without_gradient(pair: Pair, batch: tuple[Tensor, ...]) -> list[str]:
     return [name for name, p in pair.named_parameters() if p.requires_grad and all(p is not leaf for leaf in reached)]
 
 
+def check_parameters(pair: Pair) -> None:
+    """Refuse parameters that are NaN or infinite.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    for name, parameter in pair.named_parameters():
+        # One pass without a temporary; a sum of finite numbers may overflow, so the entries decide.
+        if not bool(parameter.detach().sum().isfinite()) and not bool(parameter.detach().isfinite().all()):
+            raise ValueError(
+                f"parameter '{name}' has NaN or infinite values: load parameters from before they became so, or make "
+                "the pair anew and train it with a smaller lr"
+            )
+
+
 def _check_precision(pair: Pair) -> None:
     for name, parameter in pair.named_parameters():
         if parameter.dtype in COARSE:
-            raise ValueError(
-                f"parameter '{name}' is {parameter.dtype}, too coarse for a log-density: call pair.float(), and train "
-                'with fit(precision="bf16-mixed") for speed'
-            )
+            raise ValueError(TOO_COARSE.format(name, parameter.dtype))
 
 
 @contextmanager
@@ -183,19 +208,15 @@ def _check_masks(trace: PairTrace) -> None:
     for name, site in trace.guide.items():
         if site.scored is None and trace.model[name].scored is None:
             continue
-        ours, theirs = (_scored_of(each, site.value) for each in (site, trace.model[name]))
+        ours, theirs = (
+            torch.ones_like(site.value, dtype=torch.bool) if each is None else each.expand_as(site.value)
+            for each in (site.scored_value, trace.model[name].scored_value)
+        )
         if not torch.equal(ours, theirs):
             raise ValueError(
                 f"site '{name}' is masked otherwise in the guide than in the model: a weight would hold one of its "
                 "log-densities without the other; put the same mask on both"
             )
-
-
-def _scored_of(site: Site, value: Tensor) -> Tensor:
-    """Return the entries that a site scores, laid out and expanded as ``value``."""
-    scored = site.scored
-    whole = torch.ones((), dtype=torch.bool, device=value.device) if scored is None else scored
-    return site.lay_out(whole.expand(torch.broadcast_shapes(whole.shape, site.drawn.shape))).expand_as(value)
 
 
 def _check_leaves(pair: Pair, batch: tuple[Tensor, ...], stored: set[str]) -> None:
@@ -341,19 +362,25 @@ class _Reference:
 
     def check_reads_x_only_as_obs(self) -> None:
         """Run the model on other data with the same latents; no distribution may change."""
+        # The value of x's site is the same: a site may depend on it, e.g. a label on its image.
+        x = site_of_x(self.model, self.batch[0])
+        held = {**self.values, x.name: x.drawn}
         for other in _other_data(self.batch[0]):
             try:
                 torch.manual_seed(0)
                 sites = run_model(
-                    self.pair, other, *self.batch[1:], num_particles=PARTICLES, values=self.values, observe=False
+                    self.pair, other, *self.batch[1:], num_particles=PARTICLES, values=held, draw=(x.name,)
                 )
                 changed = next(
                     (
                         name
                         for name, site in self.model.items()
                         # A factor is a term, not a distribution: there x enters as it does at obs=.
-                        if site.family != "Unit"
-                        and not _agree(site.log_prob, sites[name].replace(drawn=_scored(site)).log_prob)
+                        if not site.is_factor
+                        # A value that is held does not gain the axis of particles.
+                        and not _agree(
+                            *torch.broadcast_tensors(site.log_prob, sites[name].replace(drawn=_scored(site)).log_prob)
+                        )
                     ),
                     None,
                 )

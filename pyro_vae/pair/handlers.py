@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_vae.pair.site import bare, is_point_mass
 
-__all__ = ["HoldLatents", "ReplaceLikelihood", "scaled_latents"]
+__all__ = ["DrawObserved", "HoldLatents", "ReplaceLikelihood", "scaled_latents"]
 
 
 @contextmanager
@@ -28,6 +28,23 @@ def scaled_latents(beta: float | Tensor) -> Iterator[None]:
     else:
         with _ScaleLatents(beta):
             yield
+
+
+class DrawObserved(Messenger):
+    """Draw observed sites in place of their data; the others stay observed.
+
+    Args:
+        names: of the sites to draw.
+    """
+
+    def __init__(self, names: Collection[str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] and msg["name"] in self.names:
+            msg["infer"] = {**msg["infer"], "was_observed": True, "obs": msg["value"]}
+            msg["is_observed"], msg["value"], msg["done"] = False, None, False
 
 
 class HoldLatents(Messenger):

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from pyro_vae.pair.checks import check_batch, refuse_outside
+from pyro_vae.pair.checks import check_batch, check_conditions, refuse_outside
 from pyro_vae.pair.contract import check_contract, probe, trace_few
 from pyro_vae.pair.modes import drawing, rehearsal, to_pair
 from pyro_vae.pair.pair import Pair
@@ -45,24 +45,35 @@ class Inspection:
     @property
     def is_discrete(self) -> bool:
         """Whether every observed site is a probability mass."""
-        return all(site.is_discrete for site in self.trace.model.values() if site.is_observed)
+        return all(site.is_discrete for site in self.trace.model.values() if site.is_observed and not site.is_factor)
 
     @property
     def quantity(self) -> str:
         """Name of the quantity that the guide's log-weights estimate.
 
-        * "log p(x)" for a guide without point masses;
-        * "log p(x, y)", a joint density, for a point mass on a continuous site ``y``;
-        * "lower bound on …" for a point mass on a discrete site.
+        * "log p(x)", whatever the name of the site that observes x, for a guide without point masses;
+        * "log p(x, y)", a joint density, for a point mass on a continuous site ``y``, and for another observed ``y``;
+        * "lower bound on …" for a point mass on a discrete site;
+        * "… with the factor 'f'", which is no density, for a model with ``pyro.factor``.
         """
-        fixed = [site for name, site in self.trace.model.items() if name in self.trace.point_masses]
-        target = self._log_p([site.name for site in fixed if not site.is_discrete])
-        return f"lower bound on {target}" if any(site.is_discrete for site in fixed) else target
+        target = self._log_p(self._fixed_continuous)
+        return target if len(self._fixed_continuous) == len(self.trace.point_masses) else f"lower bound on {target}"
 
     @property
     def prior_quantity(self) -> str:
-        """Name of the quantity that draws from the prior estimate, "log p(x)" with or without point masses."""
+        """Name of the quantity that draws from the prior estimate, :attr:`quantity` without point masses."""
         return self._log_p([])
+
+    @property
+    def beside(self) -> str:
+        """A clause on the sites that :attr:`quantity` concerns beside x; empty for log p(x) or a bound on it."""
+        fixed = [f"the guide fixes the continuous site '{name}' to a point mass" for name in self._fixed_continuous]
+        return ", and ".join([*self._beside_in_the_model, *fixed])
+
+    @property
+    def prior_beside(self) -> str:
+        """The clause for :attr:`prior_quantity`."""
+        return ", and ".join(self._beside_in_the_model)
 
     @cached_property
     def training(self) -> PairTrace:
@@ -83,10 +94,33 @@ class Inspection:
         """
         check_batch(self.pair, batch, argument)
         refuse_outside(self.x, batch[0], argument, seen)
+        check_conditions(self.pair, self.trace.model, self.batch, batch)
+
+    @property
+    def _fixed_continuous(self) -> list[str]:
+        fixed = self.trace.point_masses
+        return [name for name, site in self.trace.model.items() if name in fixed and not site.is_discrete]
+
+    @property
+    def _others(self) -> list[Site]:
+        """The observed sites beside that of x, factors included."""
+        return [site for name, site in self.trace.model.items() if site.is_observed and name != self.x.name]
+
+    @property
+    def _beside_in_the_model(self) -> list[str]:
+        return [
+            f"the model has a factor '{site.name}', and no density"
+            if site.is_factor
+            else f"the model observes '{site.name}' too"
+            for site in self._others
+        ]
 
     def _log_p(self, joint: list[str]) -> str:
-        observed = [name for name, site in self.trace.model.items() if site.is_observed]
-        return f"log p({', '.join([*observed, *joint])})"
+        names = [*(site.name for site in self._others if not site.is_factor), *joint]
+        # The data are x whatever their site is called, unless another site has the name.
+        name = f"log p({', '.join([self.x.name if 'x' in names else 'x', *names])})"
+        factors = [f"the factor '{site.name}'" for site in self._others if site.is_factor]
+        return f"{name} with {' and '.join(factors)}" if factors else name
 
 
 def inspect(pair: Pair, batch: tuple[Tensor, ...], argument: str = "x", seen: Tensor | None = None) -> Inspection:
@@ -121,6 +155,7 @@ def inspect(pair: Pair, batch: tuple[Tensor, ...], argument: str = "x", seen: Te
         with finder:
             trace = trace_few(pair, few)
         refuse_outside(trace.x, batch[0], argument, seen)
+        check_conditions(pair, trace.model, few, batch)
         check_contract(pair, few, trace)
     return Inspection(pair, few, trace, finder.networks())
 

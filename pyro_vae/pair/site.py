@@ -140,12 +140,25 @@ class Site:
         return scored_entries(self.fn, self.handler_mask)
 
     @property
+    def scored_value(self) -> Tensor | None:
+        """:attr:`scored`, laid out and expanded as :attr:`value`; None without a mask."""
+        scored = self.scored
+        if scored is None:
+            return None
+        return self.lay_out(scored.expand(torch.broadcast_shapes(scored.shape, self.drawn.shape)))
+
+    @property
     def entry_support(self) -> Any:
         """The support of one entry of the value."""
         support = self.fn.support
         while hasattr(support, "base_constraint"):
             support = support.base_constraint
         return support
+
+    @property
+    def is_supported(self) -> bool:
+        """Whether the value lies in the distribution's support."""
+        return self.is_factor or bool(self.fn.support.check(self.drawn).all())
 
     @property
     def interval(self) -> tuple[Any, Any] | None:
@@ -174,19 +187,23 @@ class Site:
         Raises:
             ValueError: for a site outside the data plate, and for a batch dimension that belongs to no plate.
         """
-        self.check_plate()
+        self._check_data_plate()
         leading = {self._dims[name] for name in self._leading()}
         log_prob = scale_and_mask(self.fn.log_prob(self.drawn), 1.0, self._node["mask"])
         self._check_batch_shape(log_prob.shape)
         others = [dim for dim in range(-log_prob.dim(), 0) if dim not in leading]
         return log_prob.sum(others) if others else log_prob
 
-    def check_plate(self) -> None:
-        """Refuse a site outside the data plate.
+    def check_plates(self) -> None:
+        """Refuse a site outside the data plate, and a batch dimension that belongs to no plate.
 
         Raises:
-            ValueError: naming the plates that it lies in, or the way to have a latent that all data share.
+            ValueError: naming the plates that it lies in, or the way out.
         """
+        self._check_data_plate()
+        self._check_batch_shape(self.fn.batch_shape)
+
+    def _check_data_plate(self) -> None:
         if DATA in self._dims:
             return
         found = [name for name in self._plates if name != PARTICLES]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -13,12 +14,14 @@ from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_vae.pair.handlers import HoldLatents
+from pyro_vae.pair.failures import COARSE, TOO_COARSE, explained
+from pyro_vae.pair.handlers import DrawObserved, HoldLatents
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.site import PARTICLES, Site, sites_of
 from pyro_vae.pair.terms import LogTerms, SiteTerms
 
 __all__ = [
+    "AUTOMATIC",
     "PairTrace",
     "check_measures",
     "check_same_latents",
@@ -32,6 +35,12 @@ __all__ = [
     "trace_pair",
     "trace_programs",
 ]
+
+
+AUTOMATIC = (
+    "{} of Pyro's AutoGuides, which learn one posterior of a whole data set and no q(z | x) for each datum: write "
+    "guide(self, x) with a network, e.g. pv.Conditional(encoder, pv.DiagonalGaussian(), (size,))"
+)
 
 
 @dataclass(frozen=True)
@@ -150,13 +159,17 @@ def trace_pair(pair: Pair, *batch: Tensor, num_particles: int = 1) -> PairTrace:
         num_particles: K, draws per datum.
 
     Raises:
-        ValueError: for K < 1, and for latent sites that model and guide do not share.
+        ValueError: for K < 1, parameters of half precision, and latent sites that model and guide do not share.
 
     >>> import pyro_vae as pv
     >>> trace = trace_pair(pv.models.LinearGaussianVAE(5, 2), torch.zeros(3, 5), num_particles=4)
     >>> trace.guide["z"].value.shape, trace.x.log_prob.shape
     (torch.Size([4, 3, 2]), torch.Size([4, 3]))
     """
+    # The first parameter tells for all but odd mixtures, at the cost of a microsecond.
+    name, first = next(pair.named_parameters(), ("", None))
+    if first is not None and first.dtype in COARSE:
+        raise ValueError(TOO_COARSE.format(name, first.dtype))
     return trace_programs(pair, *_programs(pair), *batch, num_particles=num_particles)
 
 
@@ -185,9 +198,14 @@ def pyro_traces(
     """Return Pyro's traces of the guide and of the replayed model, for Pyro's ELBOs."""
     if num_particles < 1:
         raise ValueError(f"num_particles is {num_particles}; it counts draws per datum and must be at least 1")
-    with _particle_plate(pair, num_particles):
-        drawn = poutine.trace(guide).get_trace(*batch)
-        return drawn, poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*batch)
+    try:
+        with _particle_plate(pair, num_particles):
+            drawn = poutine.trace(guide).get_trace(*batch)
+            return drawn, poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*batch)
+    except Exception as failure:
+        if (told := explained(pair, failure, batch)) is not None:
+            raise told from failure
+        raise
 
 
 def run_guide(
@@ -210,16 +228,16 @@ def run_model(
     *batch: Tensor,
     num_particles: int | None = None,
     values: Mapping[str, Tensor] | None = None,
-    observe: bool = True,
+    draw: Collection[str] = (),
 ) -> dict[str, Site]:
     """Run the model alone and return its sites. Latents without a value are drawn from their priors.
 
     Args:
         pair, batch, num_particles, values: as for :func:`run_guide`.
-        observe: whether observed sites have their data; else they are drawn.
+        draw: names of observed sites to draw, or to hold at ``values``, in place of their data.
     """
     model, _ = _programs(pair)
-    model = model if observe else poutine.uncondition(model)
+    model = DrawObserved(draw)(model) if draw else model
     return run_program(pair, model, *batch, num_particles=num_particles, values=values)
 
 
@@ -240,10 +258,14 @@ def run_program(
         values: values to hold latent sites at, by name, in the program's order.
     """
     held = program if values is None else HoldLatents(values)(program)
-    if num_particles is None:
-        return sites_of(poutine.trace(held).get_trace(*arguments))
-    with _particle_plate(pair, num_particles):
-        return sites_of(poutine.trace(held).get_trace(*arguments))
+    try:
+        with nullcontext() if num_particles is None else _particle_plate(pair, num_particles):
+            trace = poutine.trace(held).get_trace(*arguments)
+    except Exception as failure:
+        if (told := explained(pair, failure, arguments)) is not None:
+            raise told from failure
+        raise
+    return sites_of(trace)
 
 
 def site_of_x(model: Mapping[str, Site], data: Tensor) -> Site:
@@ -252,7 +274,7 @@ def site_of_x(model: Mapping[str, Site], data: Tensor) -> Site:
     Raises:
         ValueError: unless exactly one site observes ``data``, or one site observes anything.
     """
-    observed = [site for site in model.values() if site.observation is not None]
+    observed = [site for site in model.values() if site.observation is not None and not site.is_factor]
     exact = [site for site in observed if site.observation is data]
     if not observed:
         raise ValueError("the model observes nothing: pass obs=x at the data's site")
@@ -272,13 +294,36 @@ def check_same_latents(guide: Mapping[str, Site], model: Mapping[str, Site]) -> 
         ValueError: naming the sites that one of them lacks.
     """
     latents = {name for name, site in model.items() if not site.is_observed}
+    _check_guide(guide)
     if missing := sorted(latents - set(guide)):
+        for name in missing:
+            whole = name.removesuffix("_unobserved")
+            if whole != name and f"{whole}_observed" in model:
+                raise ValueError(
+                    f"the model makes the missing part of '{whole}' a latent, '{name}' (obs_mask=), which the guide "
+                    "does not sample: mask the likelihood in its place, dist.Normal(loc, scale).mask(seen).to_event(1) "
+                    "with obs=x, then impute"
+                )
         raise ValueError(
             f"the model samples {missing}, the guide does not: their KL term would be missing from the ELBO; sample "
             "them in the guide too"
         )
     if extra := sorted(set(guide) - latents):
         raise ValueError(f"the guide samples {extra}, which is no latent site of the model; rename or remove it")
+
+
+def _check_guide(guide: Mapping[str, Site]) -> None:
+    """Refuse sites of a guide that are no draws of latents."""
+    for name, site in guide.items():
+        if site.is_factor:
+            raise ValueError(
+                f"the guide has a factor '{name}' (pyro.factor), and a weight with it estimates no density: add the "
+                "term to the loss that trains the pair, in place of the guide"
+            )
+        if site.is_auxiliary:
+            raise ValueError(AUTOMATIC.format(f"the guide's site '{name}' is that of one"))
+        if site.is_observed:
+            raise ValueError(f"the guide observes '{name}': only the model observes data; remove obs= from the guide")
 
 
 def check_measures(trace: PairTrace) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyro_vae.pair.checks import check_conditions
+from pyro_vae.pair.contract import check_parameters
 from pyro_vae.pair.modes import device_of, drawing
+from pyro_vae.pair.observed import dependent_on_draws, model_on_few
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.trace import run_model, site_of_x
 
@@ -23,22 +27,32 @@ class Generated(NamedTuple):
 
 
 def generate(
-    pair: Pair, num_samples: int, *conditions: Tensor, given: dict[str, Tensor] | None = None, seed: int | None = None
+    pair: Pair,
+    num_samples: int,
+    *conditions: Tensor,
+    given: dict[str, Tensor] | None = None,
+    draw: Sequence[str] = (),
+    seed: int | None = None,
 ) -> Generated:
     """Draw latents from their priors, then x from the likelihood.
+
+    A condition that the model observes stays as it is, e.g. a label: the draws are given it. This needs a distribution
+    of the label that depends on no latent and not on x. Else name its site in ``draw``.
 
     Args:
         pair: any pair that states ``x_shape``.
         num_samples: N.
         conditions: the model's conditions, N rows each.
         given: latents to hold at a value, by site, (N, …) each.
+        draw: observed sites to draw with x, e.g. a second kind of data; of their conditions the shape alone counts.
         seed: of the draws; fresh entropy without one.
 
     Returns:
         :class:`Generated`.
 
     Raises:
-        ValueError: for N < 1, a pair without ``x_shape``, an unknown site in ``given``.
+        ValueError: for N < 1, a pair without ``x_shape``, conditions that the model cannot take, an unknown site in
+            ``given`` or ``draw``, a latent that all data share, and an observed condition that depends on draws.
 
     >>> import torch, pyro_vae as pv
     >>> generate(pv.models.LinearGaussianVAE(5, 2), 64).x.shape
@@ -47,14 +61,31 @@ def generate(
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}; it must be at least 1")
     placeholder = placeholder_for(pair, num_samples)
+    conditions = tuple(tensor.to(placeholder.device) for tensor in conditions)
+    values = {name: value.to(placeholder.device) for name, value in (given or {}).items()}
+    batch = (placeholder, *conditions)
+    check_parameters(pair)
+    for tensor in conditions:
+        if len(tensor) != num_samples:
+            raise ValueError(f"a condition has {len(tensor)} rows for num_samples = {num_samples}; they must be equal")
+    model, few = model_on_few(pair, *batch)
+    name_of_x = site_of_x(model, few[0]).name
+    drawn = {name_of_x, *draw, *values}
+    check_conditions(pair, {name: site for name, site in model.items() if name not in drawn}, few, batch)
+    if conditions and (held := [name for name in dependent_on_draws(pair, *batch) if name not in drawn]):
+        raise ValueError(
+            f"the model observes {held}, whose distribution depends on latents or on x: given a value of it they "
+            f"follow a posterior, which generate does not draw from; draw it with x by draw={tuple(held)}"
+        )
     with drawing(pair, seed):
-        conditions = tuple(tensor.to(placeholder.device) for tensor in conditions)
-        values = {name: value.to(placeholder.device) for name, value in (given or {}).items()}
-        sites = run_model(pair, placeholder, *conditions, values=values, observe=False)
-        if unknown := sorted(set(given or ()) - set(sites)):
-            raise ValueError(f"given names {unknown}; the model's sites are {sorted(sites)}")
-        x = site_of_x(sites, placeholder)
-        latents = {name: site.drawn for name, site in sites.items() if site is not x}
+        sites = run_model(pair, *batch, values=values, draw=drawn)
+        for argument, names in (("given", given or {}), ("draw", draw)):
+            if unknown := sorted(set(names) - set(sites)):
+                raise ValueError(f"{argument} names {unknown}; the model's sites are {sorted(sites)}")
+        for site in sites.values():
+            site.check_plates()
+        x = sites[name_of_x]
+        latents = {name: site.drawn for name, site in sites.items() if site is not x and not site.is_factor}
         return Generated(x.drawn, x.fn.mean, latents)
 
 

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from pyro_vae.pair.inspection import inspect
 from pyro_vae.pair.modes import drawing, to_pair
+from pyro_vae.pair.observed import dependent_on_x
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.site import Site
 from pyro_vae.pair.trace import PairTrace, run_guide, run_model, trace_pair
 from pyro_vae.pair.weights import weight_sums
-from pyro_vae.predict.generate import generate
+from pyro_vae.predict.generate import placeholder_for
 from pyro_vae.runtime.memory import MEBIBYTE, chunk_sizes
 from pyro_vae.runtime.random_state import derived_seed, fresh_seed
 
@@ -69,7 +70,7 @@ def impute(
 
     Raises:
         ValueError: for a mask that is not boolean or of another shape, bad seen data, a likelihood that does not
-            factorise, and a ``memory`` too small for one chain.
+            factorise, an observed site that depends on x, and a ``memory`` too small for one chain.
 
     Reference:
         Rezende, Mohamed and Wierstra (2014), Stochastic backpropagation, ICML; Andrieu, Doucet and Holenstein (2010),
@@ -85,7 +86,12 @@ def impute(
         raise ValueError(f"{type(pair).__name__} has plates of its own; impute knows the data plate only")
     mask = mask.expand_as(x)
     batch = (torch.where(mask, x, torch.zeros_like(x)), *conditions)
-    inspect(pair, batch, seen=mask)
+    x_site = inspect(pair, batch, seen=mask).x
+    if conditions and (read := dependent_on_x(pair, *to_pair(pair, batch))):
+        raise ValueError(
+            f"the model's observed sites {list(read)} depend on x: its missing entries then follow more than p(x | z), "
+            "which impute draws from; give the sites latents in place of x"
+        )
     seen, mask, *others = to_pair(pair, (batch[0], mask, *conditions))
     # Each chain is a row: S copies of each datum, S × B in all.
     rows = torch.arange(len(x), device=seen.device).repeat(num_samples)
@@ -95,8 +101,10 @@ def impute(
     def run(chunk: tuple[Tensor, ...], sweeps: int, start: int = 0) -> tuple[Tensor, Tensor, bool]:
         seen, mask, *conditions = chunk
         # Another stream than the chains', which would repeat the noise that drew this x.
-        begun = generate(pair, len(seen), *conditions, seed=derived_seed(seed, "imputation", start))
-        chain = _Chain(pair, torch.where(mask, seen, begun.x), mask, tuple(conditions), num_particles)
+        with drawing(pair, derived_seed(seed, "imputation", start)):
+            begun = run_model(pair, placeholder_for(pair, len(seen)), *conditions, draw=(x_site.name,))
+        filled = torch.where(mask, seen, begun[x_site.name].drawn)
+        chain = _Chain(pair, filled, mask, tuple(conditions), num_particles)
         weights = chain.start()
         for _ in range(sweeps):
             chain.sweep()

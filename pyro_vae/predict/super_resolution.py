@@ -8,8 +8,9 @@ from torch import Tensor
 
 from pyro_vae.pair.checks import check_tensor, refuse_outside
 from pyro_vae.pair.modes import drawing
+from pyro_vae.pair.observed import find_x
 from pyro_vae.pair.pair import Pair
-from pyro_vae.pair.trace import run_model, run_program, site_of_x
+from pyro_vae.pair.trace import run_model, run_program
 from pyro_vae.predict.generate import placeholder_for
 
 __all__ = ["SuperResolution", "super_resolve"]
@@ -61,11 +62,12 @@ def super_resolve(pair: Pair, y: Tensor, *, num_samples: int = 16, seed: int | N
     placeholder = placeholder_for(pair, len(y))
     check_tensor(y, placeholder.dtype, "y")
     y = y.to(placeholder.device)
+    name_of_x = find_x(pair, placeholder).name
     with drawing(pair, seed):
         guide = run_program(pair, low_resolution, y, num_particles=num_samples)
         values = {"y": y} | {name: site.drawn for name, site in guide.items()}
-        model = run_model(pair, placeholder, num_particles=num_samples, values=values, observe=False)
+        model = run_model(pair, placeholder, num_particles=num_samples, values=values, draw=(name_of_x,))
         refuse_outside(model["y"], y, "y")
-        x = site_of_x(model, placeholder)
+        x = model[name_of_x]
         log_weights: Any = sum(model[name].log_prob for name in values) - sum(s.log_prob for s in guide.values())
         return SuperResolution(x.drawn, x.fn.mean, x.drawn.std(0, correction=0), log_weights)

@@ -90,7 +90,9 @@ def test_notes_say_what_a_reader_must_know() -> None:
     assert likelihood_notes(calm.record()) == []
     assert "50.0 % of the data" in likelihood_notes(made_up().record())[0]
     assert "Fewer than 10 of 100" in likelihood_notes(calm._replace(ess=torch.full((4,), 2.0)).record())[0]
-    assert "that site's unit" in likelihood_notes(calm._replace(quantity="log p(x, y)").record())[0]
+    joint = calm._replace(quantity="log p(x, y)", beside="the model observes 'y' too")
+    assert "This is log p(x, y): the model observes 'y' too." in likelihood_notes(joint.record())[0]
+    assert "bits_per_dimension" not in joint.record()
 
 
 def test_the_errors_of_the_curve_are_the_spread_of_repeated_curves() -> None:

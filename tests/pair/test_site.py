@@ -76,7 +76,7 @@ def test_held_values_are_scored_as_latents() -> None:
 
 def test_x_is_found_in_a_run_that_draws_it_anew() -> None:
     pair, x = Plates(-2), torch.randn(5, 4)
-    (drawn,) = (site for site in run_model(pair, x, observe=False).values() if site.observation is x)
+    (drawn,) = (site for site in run_model(pair, x, draw=("x",)).values() if site.observation is x)
     assert drawn.name == "x"
     assert not drawn.is_observed
     assert not torch.equal(drawn.drawn, x)

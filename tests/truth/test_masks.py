@@ -350,3 +350,144 @@ def test_exact_steps_that_know_nothing_of_a_mask_are_refused() -> None:
 
     with pytest.raises(ValueError, match="masked, which exact steps do not see"):
         pv.em(Masked(4, 2), torch.randn(9, 4), steps=1)
+
+
+# Observed beside x: a label at the root, a second kind of data, a label read off x.
+
+
+class Labelled(pv.Pair):
+    """z ~ N(0, 1), x ~ N(5 y + z, 1/4) with a label y: at the root, of the latent, or of x."""
+
+    x_shape = (1,)
+
+    def __init__(self, label: str = "root") -> None:
+        super().__init__()
+        self.label, self.shift = label, nn.Parameter(torch.tensor(5.0))
+
+    def model(self, x: Tensor, y: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            if self.label == "root":
+                # After a latent in the program: its distribution counts, not its place.
+                z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+                y = pyro.sample("y", dist.Bernoulli(x.new_tensor(0.1)), obs=y)
+                pyro.sample("x", dist.Normal(self.shift * y.unsqueeze(-1) + z, 0.5).to_event(1), obs=x)
+                return
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            x = pyro.sample("x", dist.Normal(z + 0 * self.shift, 0.5).to_event(1), obs=x)
+            logit = 3 * (z if self.label == "latent" else x).squeeze(-1)
+            pyro.sample("y", dist.Bernoulli(logits=logit), obs=y)
+
+    def guide(self, x: Tensor, y: Tensor) -> None:
+        shift = self.shift * y.unsqueeze(-1) if self.label == "root" else 0.0
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.8 * (x - shift), math.sqrt(0.2)).to_event(1))
+
+
+def test_a_label_that_draws_are_given_stays() -> None:
+    y = torch.ones(500)
+    new = pv.generate(Labelled(), 500, y, seed=0)
+    assert torch.equal(new.latents["y"], y)
+    # Drawn anew, nine tenths of the labels would be 0, and the mean 0.5.
+    assert abs(float(new.x.mean()) - 5) <= 4 * math.sqrt(1.25 / 500)
+    held = pv.generate(Labelled(), 500, torch.zeros(500), given={"y": y}, seed=0)
+    torch.testing.assert_close(held.x, new.x, **ROUNDING)
+    drawn = pv.generate(Labelled(), 2000, torch.ones(2000), draw=("y",), seed=0).latents["y"]
+    assert abs(float(drawn.mean()) - 0.1) <= 4 * math.sqrt(0.09 / 2000)
+
+
+def test_a_pair_with_an_observed_label_gives_its_joint_density() -> None:
+    """log p(x, y) = log p(y) + log N(x; 5 y, 5/4); the guide is the posterior."""
+    y = torch.arange(6) % 2.0
+    x = torch.randn(6, 1) + 5 * y[:, None]
+    exact = torch.where(y == 1, math.log(0.1), math.log(0.9)) + dist.Normal(5 * y, math.sqrt(1.25)).log_prob(x[:, 0])
+    pair = Labelled()
+    ll = pv.log_likelihood(pair, x, y, num_particles=30, seed=0, progress=False)
+    torch.testing.assert_close(ll.per_datum, exact, **ROUNDING)
+    assert ll.quantity == "log p(x, y)"
+    assert pv.testing.check_pair(pair, (x, y)) == []
+    bounds = pv.bidirectional_log_likelihood(pair, 4, y[:4], num_temperatures=60, num_chains=32, seed=0)
+    truth = exact.new_tensor([0.9, 0.1, 0.9, 0.1]).log() + dist.Normal(5 * y[:4], math.sqrt(1.25)).log_prob(
+        bounds.x[:, 0]
+    )
+    assert ((bounds.low <= truth) & (truth <= bounds.high)).all()
+    assert repr(bounds).startswith("log p(x, y) between")
+
+
+def test_predictions_keep_the_label_of_their_datum() -> None:
+    y = torch.arange(6) % 2.0
+    x = torch.randn(6, 1) / 4 + 5 * y[:, None]
+    found = pv.to_arviz(Labelled(), x, y, num_particles=200, num_draws=100, seed=0)
+    assert list(found["posterior_predictive"]) == ["x"]
+    assert list(found["log_likelihood"]) == ["x"]
+    drawn = torch.as_tensor(found["posterior_predictive"]["x"].values)[0, ..., 0]
+    # x~ given x has mean 5 y + 0.8 (x − 5 y) and variance 0.45.
+    expected = 5 * y + 0.8 * (x[:, 0] - 5 * y)
+    assert ((drawn.mean(0) - expected).abs() <= 5 * math.sqrt(0.45 / 100)).all()
+
+
+@pytest.mark.parametrize("label", ["latent", "x"])
+def test_a_label_that_depends_on_draws_is_not_a_condition_of_them(label: str) -> None:
+    pair, count = Labelled(label), 4000
+    with pytest.raises(ValueError, match=r"the model observes \['y'\], whose distribution depends on latents or on x"):
+        pv.generate(pair, 5, torch.ones(5))
+    with pytest.raises(ValueError, match="depends on latents or on x"):
+        pv.bidirectional_log_likelihood(pair, 5, torch.ones(5), num_temperatures=5)
+    new = pv.generate(pair, count, torch.ones(count), draw=("y",), seed=0)
+    # E[s y] for y ~ Bernoulli(σ(3 s)), s ~ N(0, v), by quadrature.
+    source, variance = (new.latents["z"], 1.0) if label == "latent" else (new.x, 1.25)
+    grid = torch.linspace(-9, 9, 4001)
+    density = dist.Normal(0.0, math.sqrt(variance)).log_prob(grid).exp() * (grid[1] - grid[0])
+    exact = float((density * grid * torch.sigmoid(3 * grid)).sum())
+    products = source[:, 0] * new.latents["y"]
+    assert abs(float(products.mean()) - exact) <= 4 * float(products.std()) / math.sqrt(count)
+    x, y = new.x[:5], new.latents["y"][:5]
+    assert set(pv.to_arviz(pair, x, y, num_particles=20, num_draws=5)["posterior_predictive"]) == {"x", "y"}
+
+
+def test_a_likelihood_without_latents_does_not_read_x_outside_its_site() -> None:
+    class Apart(Labelled):
+        def model(self, x: Tensor, y: Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+                pyro.sample("x", dist.Normal(self.shift.expand(1), 0.5).to_event(1), obs=x)
+
+        def guide(self, x: Tensor, y: Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(0 * x, 1.0).to_event(1))
+
+    x = torch.randn(5, 1)
+    ll = pv.log_likelihood(Apart(), x, torch.zeros(5), num_particles=3, progress=False)
+    torch.testing.assert_close(ll.per_datum, dist.Normal(5.0, 0.5).log_prob(x[:, 0]), **ROUNDING)
+
+
+def test_a_label_of_x_is_no_reading_of_x_outside_its_site() -> None:
+    """log p(x, y) = log N(x; 0, 5/4) + log Bernoulli(y; σ(3 x))."""
+    x, y = torch.randn(5, 1), torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0])
+    ll = pv.log_likelihood(Labelled("x"), x, y, num_particles=30, seed=0, progress=False)
+    exact = dist.Normal(0.0, math.sqrt(1.25)).log_prob(x[:, 0]) + dist.Bernoulli(logits=3 * x[:, 0]).log_prob(y)
+    torch.testing.assert_close(ll.per_datum, exact, **ROUNDING)
+    with pytest.raises(ValueError, match=r"observed sites \['y'\] depend on x"):
+        pv.impute(Labelled("x"), x, torch.tensor([False]), y, num_samples=2)
+
+
+def test_imputation_counts_a_label_of_the_latent() -> None:
+    """x missing, y = 1 seen: x has the mean of z given y, ∫ z σ(3 z) N(z) dz / ½."""
+    y = torch.ones(1)
+    found = pv.impute(Labelled("latent"), torch.zeros(1, 1), torch.tensor([False]), y, num_samples=3000, seed=0)
+    grid = torch.linspace(-9, 9, 4001)
+    density = dist.Normal(0.0, 1.0).log_prob(grid).exp() * (grid[1] - grid[0])
+    exact = float((density * grid * torch.sigmoid(3 * grid)).sum() / 0.5)
+    drawn = found.samples[:, 0, 0]
+    assert abs(float(drawn.mean()) - exact) <= 4 * float(drawn.std()) / math.sqrt(3000)
+
+
+def test_draws_of_a_model_with_a_latent_for_all_data_are_refused() -> None:
+    class Shared(Labelled):
+        def model(self, x: Tensor, y: Tensor) -> None:
+            w = pyro.sample("w", dist.Normal(0.0, 1.0))
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+                pyro.sample("x", dist.Normal(w * z, 0.5).to_event(1), obs=x)
+
+    with pytest.raises(ValueError, match="site 'w' lies outside the data plate"):
+        pv.generate(Shared(), 5, torch.ones(5))

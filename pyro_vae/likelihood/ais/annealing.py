@@ -13,7 +13,6 @@ from torch import Tensor
 from pyro_vae.likelihood.ais.hmc import HMC, tuned_steps
 from pyro_vae.likelihood.ais.path import AnnealingPath, Start
 from pyro_vae.likelihood.ais.temperatures import Schedule, sigmoidal_schedule
-from pyro_vae.pair.checks import check_batch
 from pyro_vae.pair.inspection import inspect
 from pyro_vae.pair.modes import device_of, evaluation
 from pyro_vae.pair.pair import Pair
@@ -77,6 +76,7 @@ class BidirectionalLogLikelihood(NamedTuple):
         lower, upper: bounds in expectation, (N,).
         low, high: the interval, (N,).
         delta: δ.
+        quantity: name of the quantity, "log p(x)" unless the model observes more.
     """
 
     x: Tensor
@@ -85,6 +85,7 @@ class BidirectionalLogLikelihood(NamedTuple):
     low: Tensor
     high: Tensor
     delta: float
+    quantity: str = "log p(x)"
 
     @property
     def gap(self) -> float:
@@ -93,8 +94,8 @@ class BidirectionalLogLikelihood(NamedTuple):
 
     def __repr__(self) -> str:
         return (
-            f"log p(x) between {float(self.lower.mean()):.3f} and {float(self.upper.mean()):.3f} nats in expectation "
-            f"(mean over {len(self.lower)} simulated data)"
+            f"{self.quantity} between {float(self.lower.mean()):.3f} and {float(self.upper.mean()):.3f} nats in "
+            f"expectation (mean over {len(self.lower)} simulated data)"
         )
 
 
@@ -213,7 +214,7 @@ def bidirectional_log_likelihood(
         simulation, annealing = (int(torch.randint(2**62, ())) for _ in range(2))
     simulated = generate(pair, num_data, *conditions, seed=simulation)
     batch = (simulated.x, *conditions)
-    check_batch(pair, batch, "the simulated x")
+    quantity = inspect(pair, batch, "the simulated x").prior_quantity
     lower, upper = [], []
     with _drawing(pair, batch, annealing):
         for rows in torch.arange(num_data).split(max(1, CHAINS // num_chains)):
@@ -227,7 +228,7 @@ def bidirectional_log_likelihood(
             lower.append(torch.logsumexp(forward, 0) - math.log(num_chains))
             upper.append(math.log(num_chains) - torch.logsumexp(-backward, 0))
     below, above, width = torch.cat(lower).cpu(), torch.cat(upper).cpu(), math.log(2 / delta)
-    return BidirectionalLogLikelihood(simulated.x, below, above, below - width, above + width, delta)
+    return BidirectionalLogLikelihood(simulated.x, below, above, below - width, above + width, delta, quantity)
 
 
 def _forward(sampler: HMC, z: Tensor, betas: Tensor, steps: Tensor) -> Tensor:
