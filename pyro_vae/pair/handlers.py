@@ -9,7 +9,7 @@ from typing import Any
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_vae.pair.site import bare, is_point_mass
+from pyro_vae.pair.site import bare, is_point_mass, scored_entries
 
 __all__ = ["DrawObserved", "HoldLatents", "ReplaceLikelihood", "scaled_latents"]
 
@@ -64,7 +64,7 @@ class HoldLatents(Messenger):
 
 
 class ReplaceLikelihood(Messenger):
-    """Replace the distribution of observed sites.
+    """Replace the distribution of observed sites. A mask of whole events stays.
 
     Args:
         replace: maps a site's distribution, without wrappers, to another one, or to None to leave it.
@@ -76,7 +76,8 @@ class ReplaceLikelihood(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["is_observed"] and (other := self.replace(bare(msg["fn"]))) is not None:
-            msg["fn"] = other
+            scored = scored_entries(msg["fn"])
+            msg["fn"] = other if scored is None else other.mask(scored[(..., *(0,) * other.event_dim)])
 
 
 class _ScaleLatents(Messenger):

@@ -13,6 +13,9 @@ from pyro import poutine
 from torch import Tensor, nn
 
 import pyro_vae as pv
+from pyro_vae.distributions.graph import InnerProductGraph
+from pyro_vae.distributions.kl import kl_standard_normal
+from pyro_vae.objectives.graph import BalancedGraphLoss
 from pyro_vae.objectives.reconstruction import reconstruction
 
 ROUNDING = {"rtol": 1e-10, "atol": 1e-10}
@@ -491,3 +494,19 @@ def test_draws_of_a_model_with_a_latent_for_all_data_are_refused() -> None:
 
     with pytest.raises(ValueError, match="site 'w' lies outside the data plate"):
         pv.generate(Shared(), 5, torch.ones(5))
+
+
+def test_the_balanced_loss_of_graphs_keeps_a_mask() -> None:
+    """Without a scored graph it is the divergence, which is closed."""
+
+    class Masked(pv.models.VGAE):
+        def model(self, x: Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", self.prior().expand((self.num_nodes,)).to_event(1))
+                pyro.sample("x", InnerProductGraph(z).mask(torch.tensor(False)), obs=x)
+
+    pair = Masked(4, pv.StandardNormal(2))
+    x = pv.data.make_graph(torch.tensor([[0, 1], [1, 2]]), 4).adjacency().unsqueeze(0)
+    q = pair.q_z(x).base_dist
+    exact = float(kl_standard_normal(q.loc, q.scale).sum().detach())
+    assert BalancedGraphLoss().loss(pair.model, pair.guide, x) == pytest.approx(exact, rel=1e-10)
