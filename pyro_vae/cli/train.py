@@ -21,6 +21,7 @@ from pyro_vae.pair.pair import Pair
 from pyro_vae.report.files import forget_likelihood, write_collapse, write_figures, write_loss_terms, write_scores
 from pyro_vae.report.markdown import write_report
 from pyro_vae.runtime.progress import console
+from pyro_vae.runtime.random_state import derived_seed
 from pyro_vae.training.arguments import split
 from pyro_vae.training.fit import fit
 
@@ -146,9 +147,11 @@ def _train_early(
     begun = (folder / "config.json").exists()
     if begun and not settings["resume"]:
         raise ValueError(f"{folder} already holds a run: choose another folder, or continue it (--resume)")
+    # Other noise than before the start.
+    later = {"warmup": 0, "seed": derived_seed(settings["seed"], "after start")}
     if begun:
         # Its checkpoint is past the start.
-        return {"warmup": 0}
+        return later
     fit(pair, data.train, run_dir=folder / EARLY, **{**settings, "epochs": epochs})
     recipe.start(pair, x.to(device_of(pair), next(pair.parameters()).dtype))
-    return {"resume": False, "warmup": 0}
+    return {"resume": False, **later}

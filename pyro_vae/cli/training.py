@@ -84,6 +84,10 @@ class Training:
             self._check_own_loss(own, count)
         if own is not None and self.loss == "default":
             return own, count
+        if self.loss == "iwae" and count == 1:
+            raise ValueError(
+                "the importance-weighted bound of one draw is the ELBO: add --num-particles 5, or choose --loss elbo"
+            )
         if self.loss == "iwae" or count < 1:
             return iwae, count
         kind = TraceMeanField_ELBO if self.loss == "mean-field" else Trace_ELBO

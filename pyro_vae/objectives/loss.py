@@ -6,16 +6,25 @@ import abc
 from typing import Any, TypeAlias
 
 import torch
-from pyro.infer import ELBO, ReweightedWakeSleep, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.infer import (
+    ELBO,
+    RenyiELBO,
+    ReweightedWakeSleep,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+)
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vae.distributions.batch_optimal import BatchOptimalNormal
-from pyro_vae.objectives.bounds import Objective
+from pyro_vae.objectives.bounds import Objective, elbo
 from pyro_vae.objectives.reconstruction import MASKED_AROUND
 from pyro_vae.pair.inspection import Inspection
 from pyro_vae.pair.modes import device_of
 from pyro_vae.pair.pair import Pair, Program
+from pyro_vae.pair.terms import LogTerms, SiteTerms
 from pyro_vae.pair.trace import PairTrace, pyro_traces
 from pyro_vae.runtime.random_state import own_random_state
 
@@ -90,14 +99,17 @@ def check_loss(
 
     Raises:
         ValueError: for a Pyro loss that cannot see the pair's parameters, K for a Pyro ELBO, β for a loss without a
-            divergence to weight, a mask around a batch-optimal scale, closed divergences if their conditions fail, an
-            objective that does not return one number per datum, and one without a gradient through the guide's draws.
+            divergence to weight, a bound of several draws with K = 1, a mask around a batch-optimal scale, closed
+            divergences if their conditions fail, an objective that does not return one number per datum, and one
+            without a gradient through the guide's draws.
     """
     name = getattr(loss, "__name__", type(loss).__name__)
     if name.startswith("Jit") or isinstance(loss, ReweightedWakeSleep):
         raise ValueError(f"{name} looks parameters up in Pyro's store or has two losses: use it in a loop of your own")
     if isinstance(loss, ELBO) and num_particles != 1:
         raise ValueError(f"num_particles is {num_particles}; a Pyro ELBO holds its own: {name}(…)")
+    if isinstance(loss, RenyiELBO) and loss.num_particles == 1:
+        raise ValueError(_ONE_DRAW.format(name))
     if uses_beta and not isinstance(loss, WEIGHED):
         raise ValueError(
             f"beta weighs the divergence of Pyro's ELBOs; {name} has no such term: leave beta at 1, or use the "
@@ -118,6 +130,8 @@ def check_loss(
         with own_random_state(0, device_of(inspection.pair)), torch.no_grad():
             value = loss(trace.terms)
         _check_shape(name, value, len(trace.data))
+        if loss is not elbo and num_particles == 1 and _needs_draws(loss, trace.terms, value):
+            raise ValueError(_ONE_DRAW.format(name))
         # fit moves and saves the numbers that are modules of the pair, and no others.
         if (annealed := getattr(loss, "annealed", None)) is not None and annealed not in list(
             inspection.pair.modules()
@@ -126,6 +140,27 @@ def check_loss(
                 f"{getattr(loss, '__name__', 'the objective')} follows a number that is no module of the pair, and "
                 "nothing would move it: store it as an attribute of the pair"
             )
+
+
+_ONE_DRAW = (
+    "{} of one draw per datum is the ELBO, and the run would be the ELBO's: ask for more draws (num_particles=5), or "
+    "for the ELBO itself (loss=pv.objectives.elbo)"
+)
+
+
+def _needs_draws(loss: Objective, terms: LogTerms, value: Tensor) -> bool:
+    """Whether an objective is the ELBO at one draw, and another number at two."""
+    with torch.no_grad():
+        if not torch.allclose(value, elbo(terms), rtol=1e-5):
+            return False
+        latents = {
+            name: SiteTerms(site.log_model.expand(2, -1), site.log_guide.expand(2, -1))
+            for name, site in terms.latents.items()
+        }
+        # Weights far apart, by the likelihood: a nat would be lost among thousands.
+        log_lik = torch.cat([terms.log_lik, terms.log_lik + 1 + terms.log_lik.abs()])
+        two = LogTerms(log_lik, terms.log_prior.expand(2, -1), terms.log_guide.expand(2, -1), latents)
+        return not torch.allclose(loss(two), elbo(two), rtol=1e-5)
 
 
 def _check_shape(name: str, value: object, size: int) -> None:

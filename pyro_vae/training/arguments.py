@@ -6,15 +6,29 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from pyro_vae.data import AnyDataSet, DataSet, GraphData
+from pyro_vae.pair.pair import Pair
+from pyro_vae.runtime.random_state import derived_seed
 
-__all__ = ["Data", "Identity", "Settings", "as_batch", "fingerprint", "split"]
+__all__ = [
+    "Data",
+    "Identity",
+    "Seeds",
+    "Settings",
+    "as_batch",
+    "fingerprint",
+    "next_seeds",
+    "remember_seeds",
+    "split",
+]
 
+# The attribute of a pair that holds the seed of its next run, and that of its held-out share.
+SEEDS = "_seeds_of_fit"
 Data: TypeAlias = Tensor | Sequence[Tensor] | AnyDataSet
 
 
@@ -30,6 +44,7 @@ class Settings:
     num_particles: int
     patience: int | None
     seed: int
+    split_seed: int
     compiled: bool
     tf32: bool
 
@@ -103,7 +118,33 @@ class Identity:
     def as_json(self) -> dict[str, Any]:
         """Return the section "fit" of a run's config.json: one flat object."""
         named = asdict(self)
-        return {**named.pop("settings"), **named}
+        settings = named.pop("settings")
+        if settings["split_seed"] == settings["seed"]:
+            del settings["split_seed"]
+        return {**settings, **named}
+
+
+class Seeds(NamedTuple):
+    """The seed of a run, and that of the share that it holds out."""
+
+    run: int
+    split: int
+
+
+def next_seeds(pair: Pair, seed: int | None) -> Seeds:
+    """Return the seeds of a pair's next run.
+
+    Without a seed the run goes on from the pair's last one, with another order and other noise. The held-out share
+    stays that of the pair's first run: its data were never trained on.
+    """
+    run, first = vars(pair).get(SEEDS, (0, None))
+    run = run if seed is None else seed
+    return Seeds(run, run if first is None else first)
+
+
+def remember_seeds(pair: Pair, seeds: Seeds) -> None:
+    """Store in the pair the seeds of the run after this one; a copy of the pair has them too."""
+    vars(pair)[SEEDS] = (derived_seed(seeds.run, "fit"), seeds.split)
 
 
 def as_batch(data: Data) -> tuple[Tensor, ...]:

@@ -24,7 +24,16 @@ from pyro_vae.runtime.device import resolve_device
 from pyro_vae.runtime.distributed import Averaging, LostProcessError, Processes, join
 from pyro_vae.runtime.progress import error_console
 from pyro_vae.runtime.random_state import own_random_state
-from pyro_vae.training.arguments import Data, Identity, Settings, as_batch, fingerprint, split
+from pyro_vae.training.arguments import (
+    Data,
+    Identity,
+    Settings,
+    as_batch,
+    fingerprint,
+    next_seeds,
+    remember_seeds,
+    split,
+)
 from pyro_vae.training.captured_step import captured_step
 from pyro_vae.training.precision import Precision, check_precision, to_precision
 from pyro_vae.training.run_folder import RunFolder
@@ -75,7 +84,7 @@ def fit(
     compiled: bool = False,
     precision: Precision | None = None,
     tf32: bool = False,
-    seed: int = 0,
+    seed: int | None = None,
     device: str | torch.device = "auto",
     run_dir: str | Path | None = None,
     resume: bool = False,
@@ -129,7 +138,9 @@ def fit(
             pair's networks under torch's autocast to bfloat16 while training; parameters, densities and sums stay in
             float32. Evaluation always runs in full precision.
         tf32: whether a GPU may round the operands of float32 matmuls to TF32 while training.
-        seed: seed of the shuffling and of every draw.
+        seed: seed of the shuffling and of every draw. Without it the pair's first call has seed 0, a later call one
+            derived from the call before, and a resumed run that of its beginning: a loop of calls goes on as one call
+            would. A share that is held out stays the same over a pair's calls.
         device: "cpu", "cuda", or "auto" for a GPU if there is one.
         run_dir: folder for configuration, metrics and checkpoints; None saves nothing.
         resume: whether to resume the run in ``run_dir``. On a CPU the result is bitwise that of an unbroken run.
@@ -156,10 +167,12 @@ def fit(
     loss = Trace_ELBO() if loss is None else loss
     _check_capture(capture, compiled)
     processes, target = _place(device, precision, tf32)
-    train, held_out, inspection = _data(pair, data, validation, precision, seed)
+    folder = RunFolder(None if run_dir is None else Path(run_dir), processes)
+    seeds = folder.seeds(seed) if resume else next_seeds(pair, seed)
+    train, held_out, inspection = _data(pair, data, validation, precision, seeds.split)
     if config and run_dir is None:
         raise ValueError("config adds entries to a run folder's config.json: give run_dir too, or leave config out")
-    settings = Settings(batch_size, lr, beta, warmup, clip_norm, num_particles, patience, seed, compiled, tf32)
+    settings = Settings(batch_size, lr, beta, warmup, clip_norm, num_particles, patience, *seeds, compiled, tf32)
     settings.check(train, held_out, epochs=epochs, processes=processes.size)
     check_loss(inspection, loss, train, num_particles=num_particles, uses_beta=settings.uses_beta)
     update = _optimizer(optimizer, list(pair.to(target).parameters()), lr)
@@ -170,14 +183,16 @@ def fit(
     identity = _identity(settings, loss, update, schedule, (train, held_out), precision or _dtype(pair), processes)
     in_bfloat16 = list(inspection.networks) if precision == "bf16-mixed" else []
     weighed = loss is elbo or isinstance(loss, WEIGHED)
-    batches, folder = Batches(train, target), RunFolder(None if run_dir is None else Path(run_dir), processes)
+    batches = Batches(train, target)
     trainer = Trainer(pair, update, schedule, batches, held_out, settings, processes, in_bfloat16, weighed)
     shows = progress and processes.is_first
     steps = _steps(trainer, loss, capture, error_console.print if shows else None)
-    with own_random_state(processes.seed(seed), trainer.device):
+    with own_random_state(processes.seed(seeds.run), trainer.device):
         state = folder.open(trainer.state(), identity, {"epochs": epochs, **(config or {})}, resume=resume)
         if state is not None:
             trainer.restore(state)
+        # Before the first step: a run that breaks off has used its seed too.
+        remember_seeds(pair, seeds)
         _train(trainer, steps, folder, epochs, shows)
     pair.eval()
     return Run(pair, trainer.metrics, folder.path)

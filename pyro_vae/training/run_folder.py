@@ -19,7 +19,7 @@ from pyro_vae._version import __version__
 from pyro_vae.pair.pair import Pair
 from pyro_vae.runtime.distributed import Processes
 from pyro_vae.runtime.files import read_json, write_text, write_whole
-from pyro_vae.training.arguments import Identity
+from pyro_vae.training.arguments import Identity, Seeds
 
 __all__ = ["RunFolder", "load_parameters", "load_state", "save_parameters", "save_state", "save_tensors"]
 
@@ -44,6 +44,15 @@ class RunFolder:
         self.saved = 0
         self._unsaved: dict[str, Any] | None = None
         self._next_save = 0.0
+
+    def seeds(self, seed: int | None) -> Seeds:
+        """Return the seeds of the run to resume; a seed that is given must be its seed, which :meth:`open` checks."""
+        held: dict[str, Any] = {}
+        path = None if self.path is None else self.path / "config.json"
+        if path is not None and path.exists():
+            held = self.processes.from_first(lambda: read_json(path)).get("fit", {})
+        run = held.get("seed", 0)
+        return Seeds(run if seed is None else seed, held.get("split_seed", run))
 
     def open(
         self, state: dict[str, Any], identity: Identity, config: dict[str, Any], *, resume: bool

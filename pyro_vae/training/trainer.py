@@ -18,7 +18,7 @@ from pyro_vae.pair.modes import device_of
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.trace import site_terms
 from pyro_vae.runtime.batches import Batch, Batches
-from pyro_vae.runtime.distributed import Processes
+from pyro_vae.runtime.distributed import SEEDS, Processes
 from pyro_vae.runtime.random_state import own_random_state, seed_generators
 from pyro_vae.training.arguments import Settings
 from pyro_vae.training.precision import float32_products, mixed
@@ -157,7 +157,7 @@ class Trainer:
         """Take the steps of an epoch; return the mean loss per datum and the last β."""
         size, beta = len(self.train), 0.0
         # Drawn from seed and epoch alone: a resumed run has the same order.
-        generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + self.epoch)
+        generator = torch.Generator().manual_seed((self.settings.seed * 1_000_003 + self.epoch) % SEEDS)
         order = torch.randperm(size, generator=generator)
         parts = order.split(self.settings.batch_size * self.processes.size)
         losses: list[float | Tensor] = []
@@ -221,7 +221,8 @@ class Trainer:
         """Return each site's share of −ELBO on held-out data, with the same noise after every epoch."""
         self.pair.eval()
         batch, sums = self.followed, dict[str, float]()
-        seed = self.processes.seed(self.settings.seed)
+        # That of the pair's first run: losses of a loop of runs compare.
+        seed = self.processes.seed(self.settings.split_seed)
         with own_random_state(seed, self.device), pyro.validation_enabled(False):
             chunks = torch.arange(len(batch[0]), device=self.device).split(FOLLOWED)
             for rows in chunks if self.processes.size == 1 else map(self.processes.share, chunks):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,12 @@ from typing import Any
 import pyro
 import pytest
 import torch
+from pyro.infer import RenyiELBO
 from torch import Tensor, nn
 
 import pyro_vae as pv
+from pyro_vae.cli.training import Training
+from pyro_vae.objectives.bounds import beta_elbo, elbo, free_bits, iwae, renyi
 
 
 def vae() -> pv.models.VAE:
@@ -68,3 +72,134 @@ def test_an_argument_without_effect_is_refused(kwargs: dict[str, Any], message: 
     with pytest.raises(ValueError, match=message):
         fit(pair, data(), **kwargs)
     assert torch.equal(before, weights(pair))
+
+
+# Bounds of several draws, asked for with one
+
+
+def own_bound(terms: pv.LogTerms) -> Tensor:
+    return torch.logsumexp(terms.log_weights, 0) - torch.tensor(float(len(terms.log_weights))).log()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [iwae, renyi(0.5), renyi(-1.0), own_bound, RenyiELBO(alpha=0.5, num_particles=1)],
+    ids=["iwae", "renyi", "renyi below 0", "a user's function", "Pyro's"],
+)
+def test_a_bound_of_several_draws_is_refused_with_one(loss: Any) -> None:
+    with pytest.raises(ValueError, match=r"of one draw per datum is the ELBO.*num_particles=5"):
+        fit(vae(), data(), loss=loss)
+
+
+def test_one_draw_is_the_elbo_bit_for_bit() -> None:
+    terms = pv.log_terms(vae(), data())
+    assert torch.equal(iwae(terms), elbo(terms))
+    assert torch.equal(renyi(0.5)(terms), elbo(terms)) or torch.allclose(renyi(0.5)(terms), elbo(terms), rtol=1e-14)
+
+
+@pytest.mark.parametrize("loss", [elbo, beta_elbo(1.0), beta_elbo(2.0), free_bits(0.0), renyi(1.0)])
+def test_an_average_over_draws_takes_one(loss: Any) -> None:
+    assert len(fit(vae(), data(), loss=loss).metrics) == 1
+
+
+@pytest.mark.parametrize("loss", [iwae, renyi(0.5), own_bound])
+def test_with_more_draws_the_bound_is_another_loss(loss: Any) -> None:
+    ours, by_elbo = (fit(vae(), data(), loss=each, num_particles=5) for each in (loss, elbo))
+    assert ours.metrics[-1]["loss"] != by_elbo.metrics[-1]["loss"]
+
+
+def test_the_command_line_names_its_option() -> None:
+    with pytest.raises(ValueError, match="one draw is the ELBO: add --num-particles 5"):
+        Training(loss="iwae").make_loss(None, vae())
+
+
+# Seeds of several calls
+
+
+class Watched(pv.models.VAE):
+    """Note the first datum of each training batch, and its noise."""
+
+    seen: list[tuple[float, float]]
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            q = self.q_z(x)
+            z = pyro.sample("z", q)
+        if self.training and torch.is_grad_enabled() and len(x) == 16:
+            noise = (z - q.base_dist.loc) / q.base_dist.scale
+            self.seen.append((float(x[0, 0]), round(float(noise.detach().flatten()[0]), 6)))
+
+
+def watched() -> Watched:
+    torch.manual_seed(0)
+    pair = Watched((4,), pv.StandardNormal(2), encoder=nn.Linear(4, 4), decoder=nn.Linear(2, 4))
+    pair.seen = []
+    return pair
+
+
+def seen(pair: Watched, **kwargs: Any) -> list[tuple[float, float]]:
+    """Return what a call of fit draws: pairs of a datum and its noise, four batches an epoch."""
+    pair.seen.clear()
+    fit(pair, data(), capture=False, **kwargs)
+    return list(pair.seen)
+
+
+def test_a_loop_of_calls_draws_other_orders_and_other_noise() -> None:
+    pair = watched()
+    drawn = [tuple(seen(pair)) for _ in range(4)]
+    assert all(len(call) == 4 for call in drawn)
+    firsts, noise = zip(*(pair for call in drawn for pair in call), strict=True)
+    # 16 first rows of 64 in one order each; noise never recurs.
+    assert len(set(noise)) == 16
+    assert len({call[0][0] for call in drawn}) > 1
+    assert len(set(firsts)) > 4
+
+
+def test_the_first_call_is_that_of_seed_0_and_a_seed_repeats_it() -> None:
+    pair = watched()
+    first, second = seen(pair), seen(pair)
+    assert first == seen(watched(), seed=0) == seen(pair, seed=0)
+    assert second == seen(pair), "the call after one of seed 0"
+    after_five, after_six = (seen(pair, seed=seed) and seen(pair) for seed in (5, 6))
+    assert after_five != after_six
+
+
+def test_copies_go_on_alike_and_a_call_that_breaks_off_has_used_its_seed() -> None:
+    pair = watched()
+    first = seen(pair)
+    twin = copy.deepcopy(pair)
+    assert seen(pair) == seen(twin) != first
+
+    def interrupt(terms: pv.LogTerms) -> Tensor:
+        if torch.is_grad_enabled():
+            raise KeyboardInterrupt
+        return elbo(terms)
+
+    broken = watched()
+    with pytest.raises(KeyboardInterrupt):
+        fit(broken, data(), loss=interrupt, capture=False)
+    assert seen(broken) != first
+
+
+def test_the_held_out_share_stays_the_same_over_calls() -> None:
+    pair, counts = watched(), []
+    for seed in (None, None, 7):
+        counts.append({datum for datum, _ in seen(pair, validation=0.5, epochs=30, seed=seed)})
+    # 32 training data, seen first in a batch of 16 in 60 batches; were the share drawn anew, others would come.
+    assert len(set.union(*counts)) <= 32
+    assert len({datum for datum, _ in seen(watched(), validation=0.5, epochs=30, seed=7)} - counts[0]) > 4
+
+
+def test_a_resumed_run_has_the_seed_of_its_beginning(tmp_path: Path) -> None:
+    unbroken, broken = vae(), vae()
+    for pair in (unbroken, broken):
+        fit(pair, data(), validation=0.25)
+    fit(unbroken, data(), validation=0.25, epochs=4)
+    fit(broken, data(), validation=0.25, epochs=2, run_dir=tmp_path)
+    # Another pair of the class: what it has drawn before does not enter.
+    again = vae()
+    fit(again, data(), validation=0.25, epochs=4, run_dir=tmp_path, resume=True)
+    assert torch.equal(weights(again), weights(unbroken))
+    with pytest.raises(ValueError, match="begun with other settings: seed"):
+        fit(again, data(), validation=0.25, epochs=4, run_dir=tmp_path, resume=True, seed=1)
+
