@@ -10,11 +10,12 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from pyro_vae.distributions.mixture_kl import MixtureKL, convex_kl_bound
+from pyro_vae.pair.checks import programs_after
 from pyro_vae.pair.modes import drawing, to_pair
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.trace import trace_pair
 
-__all__ = ["AnalyticLoss", "HasClosedForm", "analytic_loss"]
+__all__ = ["AnalyticLoss", "HasClosedForm", "analytic_loss", "has_closed_form"]
 
 
 class AnalyticLoss(Protocol):
@@ -35,6 +36,11 @@ class HasClosedForm(Protocol):
     def closed_form(self, *batch: Tensor, num_particles: int, mixture_kl: MixtureKL) -> AnalyticLoss: ...
 
 
+def has_closed_form(pair: Pair) -> bool:
+    """Return whether a pair has a closed form of its model and guide, not one of a class with other programs."""
+    return isinstance(pair, HasClosedForm) and not programs_after(pair, "closed_form")
+
+
 def analytic_loss(
     pair: Pair, *batch: Tensor, num_particles: int = 1, mixture_kl: MixtureKL = convex_kl_bound
 ) -> AnalyticLoss:
@@ -53,14 +59,19 @@ def analytic_loss(
         One field (B,) per site of the model, named as the site, and ``total``, in nats.
 
     Raises:
-        ValueError: for a pair without a closed form, for K < 1, and for masks and sites of the model that the closed
-            form does not see.
+        ValueError: for a pair without a closed form, one that inherits it and redefines model or guide, for K < 1, and
+            for masks and sites of the model that the closed form does not see.
     """
     if num_particles < 1:
         raise ValueError(f"num_particles is {num_particles}; it counts draws per datum and must be at least 1")
     if not isinstance(pair, HasClosedForm):
         raise ValueError(
             f"{type(pair).__name__} has no closed form: give it a method closed_form, or train with Trace_ELBO"
+        )
+    if changed := programs_after(pair, "closed_form"):
+        raise ValueError(
+            f"{type(pair).__name__} inherits closed_form from a class with another {' and another '.join(changed)}: "
+            "define closed_form beside it, or train with Trace_ELBO and read pv.site_terms"
         )
     batch = to_pair(pair, batch)
     sites = _check_sites(pair, batch)

@@ -11,7 +11,14 @@ from pyro_vae.pair.failures import name_of_condition
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.site import Site
 
-__all__ = ["check_batch", "check_conditions", "check_finite", "check_tensor", "refuse_outside"]
+__all__ = [
+    "check_batch",
+    "check_conditions",
+    "check_finite",
+    "check_tensor",
+    "programs_after",
+    "refuse_outside",
+]
 
 # Entries checked together. Marks of all entries could take more memory than the data, e.g. a memory-mapped file.
 ENTRIES = 2**20
@@ -139,6 +146,21 @@ def refuse_outside(
         f"{argument} has {count} values outside the support of site '{site.name}' ({support}), the first{shown} at "
         f"index {first}: {advice}"
     )
+
+
+def programs_after(pair: Pair, method: str) -> list[str]:
+    """Return the programs of a pair that are defined nearer to it than a method that knows them by heart.
+
+    Such a method, e.g. a loss in closed form, belongs to the programs of the class that it was inherited from.
+    """
+    return [name for name in ("model", "guide") if _distance(pair, name) < _distance(pair, method)]
+
+
+def _distance(pair: Pair, name: str) -> int:
+    """Return how many classes lie between a pair and the definition of an attribute; -1 for one of its instance."""
+    if name in vars(pair):
+        return -1
+    return next(i for i, cls in enumerate(type(pair).__mro__) if name in vars(cls))
 
 
 def _parts(x: Tensor) -> tuple[Tensor, ...]:

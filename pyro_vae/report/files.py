@@ -11,7 +11,7 @@ from pyro_vae.data import AnyDataSet
 from pyro_vae.diagnostics.collapse import collapse_report, noise_modules
 from pyro_vae.diagnostics.loss_terms import loss_terms
 from pyro_vae.likelihood.estimate import LogLikelihood
-from pyro_vae.objectives.closed_form import HasClosedForm
+from pyro_vae.objectives.closed_form import has_closed_form
 from pyro_vae.pair.pair import Pair
 from pyro_vae.report.figures import FIGURES, collapse, save_figure
 from pyro_vae.report.likelihood_figures import LIKELIHOOD_FIGURES
@@ -37,7 +37,7 @@ LIKELIHOOD, COLLAPSE, SCORES = "log_likelihood.json", "collapse.json", "scores.j
 
 def write_loss_terms(folder: Path, pair: Pair, data: AnyDataSet) -> None:
     """Save the loss terms of some test data in ``loss_terms.json``, for a pair with a closed form."""
-    if isinstance(pair, HasClosedForm):
+    if has_closed_form(pair):
         some = data.test[: max(16, VALUES // data.test[0].numel())]
         write_text(folder / "loss_terms.json", json.dumps(loss_terms(pair, some), indent=2) + "\n")
 

@@ -10,6 +10,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from pyro_vae.pair.checks import programs_after
 from pyro_vae.pair.inspection import inspect
 from pyro_vae.pair.modes import to_pair
 from pyro_vae.pair.pair import Pair
@@ -66,7 +67,7 @@ def em(pair: Pair, x: Tensor, *, steps: int = 200, tolerance: float = 1e-7) -> E
         :class:`ExpectationMaximisation`.
 
     Raises:
-        ValueError: for a pair without exact steps, bad data, fewer than one step, a negative tolerance.
+        ValueError: for a pair without exact steps, or with those of another model, bad data, fewer than one step, a negative tolerance.
 
     Reference:
         Neal and Hinton (1998), A view of the EM algorithm that justifies incremental, sparse, and other variants,
@@ -82,6 +83,12 @@ def em(pair: Pair, x: Tensor, *, steps: int = 200, tolerance: float = 1e-7) -> E
             f"{type(pair).__name__} has no exact steps: give it the methods e_step, elbo and m_step (see "
             "pyro_vae.training.em.HasExactSteps), or train it with pv.fit"
         )
+    for method in ("e_step", "elbo", "m_step"):
+        if changed := programs_after(pair, method):
+            raise ValueError(
+                f"{type(pair).__name__} inherits {method} from a class with another "
+                f"{' and another '.join(changed)}: define {method} beside it, or train it with pv.fit"
+            )
     if steps < 1:
         raise ValueError(f"steps is {steps}; it must be at least 1")
     if not tolerance >= 0:

@@ -202,4 +202,3 @@ def test_a_resumed_run_has_the_seed_of_its_beginning(tmp_path: Path) -> None:
     assert torch.equal(weights(again), weights(unbroken))
     with pytest.raises(ValueError, match="begun with other settings: seed"):
         fit(again, data(), validation=0.25, epochs=4, run_dir=tmp_path, resume=True, seed=1)
-

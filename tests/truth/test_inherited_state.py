@@ -1,0 +1,124 @@
+"""Methods, modes and storages that a pair has from elsewhere: right for this pair, or refused."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import MethodType, SimpleNamespace
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pyro_vae as pv
+from pyro_vae.report.files import write_loss_terms
+
+
+def data(size: int = 64) -> Tensor:
+    return torch.randn(size, 4, generator=torch.Generator().manual_seed(1))
+
+
+def fit(pair: pv.Pair, x: Any, **kwargs: Any) -> pv.Run:
+    return pv.fit(pair, x, **{"epochs": 1, "batch_size": 16, "progress": False, "device": "cpu"} | kwargs)
+
+
+def networks() -> dict[str, nn.Module]:
+    torch.manual_seed(0)
+    return {"encoder": nn.Linear(4, 4), "decoder": nn.Linear(2, 4)}
+
+
+# A closed form of other programs
+
+
+class Wide(pv.models.VAE):
+    """A VAE with z ~ N(0, 2² I)."""
+
+    def model(self, x: Tensor, *conditions: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 2.0).to_event(1))
+            pyro.sample("x", self.p_x(z), obs=x)
+
+
+class Sharp(pv.models.VAE):
+    """A VAE whose guide draws with half the scale."""
+
+    def guide(self, x: Tensor, *conditions: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            q = self.q_z(x).base_dist
+            pyro.sample("z", dist.Normal(q.loc, q.scale / 2).to_event(1))
+
+
+class WideLater(Wide):
+    """A class between says nothing."""
+
+
+class WideModel:
+    """A program from a mixin."""
+
+    def model(self, x: Tensor, *conditions: Tensor) -> None:
+        Wide.model(self, x)
+
+
+class Mixed(WideModel, pv.models.VAE):
+    """Mixin and VAE."""
+
+
+class WideWithItsForm(Wide):
+    """The closed form beside its model."""
+
+    def closed_form(self, x: Tensor, *conditions: Tensor, num_particles: int, mixture_kl: Any) -> Any:
+        inherited = super().closed_form(x, num_particles=num_particles, mixture_kl=mixture_kl)
+        q = self.q_z(x).base_dist
+        return inherited._replace(z=torch.distributions.kl_divergence(q, dist.Normal(torch.zeros(2), 2.0)).sum(-1))
+
+
+class Coloured(pv.models.VAE):
+    """Neither program is redefined."""
+
+
+@pytest.mark.parametrize("kind", [Wide, Sharp, WideLater, Mixed])
+def test_a_closed_form_of_other_programs_is_refused(kind: Any, tmp_path: Path) -> None:
+    pair = kind((4,), pv.StandardNormal(2), **networks())
+    with pytest.raises(ValueError, match=r"inherits closed_form from a class with another (model|guide): define"):
+        pv.analytic_loss(pair, data())
+    write_loss_terms(tmp_path, pair, SimpleNamespace(test=data()))  # type: ignore[arg-type]
+    assert not (tmp_path / "loss_terms.json").exists()
+
+
+def test_a_program_of_the_instance_is_another_one_too() -> None:
+    pair = pv.models.VAE((4,), pv.StandardNormal(2), **networks())
+    vars(pair)["model"] = MethodType(Wide.model, pair)
+    with pytest.raises(ValueError, match="another model: define"):
+        pv.analytic_loss(pair, data())
+
+
+def test_the_inherited_form_would_have_been_of_the_other_prior() -> None:
+    pair, x = Wide((4,), pv.StandardNormal(2), **networks()), data()
+    inherited = pair.closed_form(x, num_particles=1, mixture_kl=pv.convex_kl_bound).z
+    q = pair.q_z(x).base_dist
+    # KL(N(m, s²) ‖ N(0, 4)) = log(2/s) + (s² + m²)/8 − ½, by entries.
+    kl = (math.log(2) - q.scale.log() + (q.scale**2 + q.loc**2) / 8 - 0.5).sum(-1)
+    assert (inherited - kl).abs().max() > 0.1
+    own = pv.analytic_loss(WideWithItsForm((4,), pv.StandardNormal(2), **networks()), x)
+    torch.testing.assert_close(own._asdict()["z"], kl, rtol=1e-12, atol=1e-12)
+
+
+def test_a_subclass_with_the_same_programs_keeps_its_form(tmp_path: Path) -> None:
+    pair, plain = (kind((4,), pv.StandardNormal(2), **networks()) for kind in (Coloured, pv.models.VAE))
+    torch.testing.assert_close(pv.analytic_loss(pair, data()).z, pv.analytic_loss(plain, data()).z)  # type: ignore[attr-defined]
+    write_loss_terms(tmp_path, pair, SimpleNamespace(test=data()))  # type: ignore[arg-type]
+    assert (tmp_path / "loss_terms.json").exists()
+
+
+def test_exact_steps_of_another_model_are_refused() -> None:
+    class Shifted(pv.models.LinearGaussianVAE):
+        def model(self, x: Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.ones(1), 1.0).to_event(1))
+                pyro.sample("x", dist.Normal(z @ self.weight.mT, 1.0).to_event(1), obs=x)
+
+    with pytest.raises(ValueError, match="inherits e_step from a class with another model"):
+        pv.em(Shifted(4, 1), data())
