@@ -7,12 +7,26 @@ from contextlib import contextmanager
 
 import pyro
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_vae.pair.pair import Pair
 from pyro_vae.runtime.random_state import own_random_state
 
-__all__ = ["chunks", "device_of", "drawing", "evaluation", "in_mode", "rehearsal", "to_pair"]
+__all__ = [
+    "chunks",
+    "device_of",
+    "drawing",
+    "evaluation",
+    "in_mode",
+    "kept_in_evaluation",
+    "rehearsal",
+    "remember_kept",
+    "to_pair",
+    "to_training",
+]
+
+# The attribute of a pair that names modules which stay in evaluation mode.
+KEPT = "_kept_in_evaluation"
 
 
 def device_of(pair: Pair) -> torch.device:
@@ -36,11 +50,46 @@ def chunks(batch: tuple[Tensor, ...], size: int) -> Iterator[tuple[Tensor, ...]]
         yield tuple(tensor[rows] for tensor in batch)
 
 
+def kept_in_evaluation(pair: Pair) -> list[nn.Module]:
+    """Return the modules that stay in evaluation mode while a pair trains: those that its user put there.
+
+    In a pair in training mode they are in evaluation mode. After a run the whole pair is: then they are those of that
+    run, and modules whose parameters are all frozen.
+    """
+    modules = dict(pair.named_modules())
+    if pair.training:
+        return [module for module in modules.values() if not module.training]
+    kept = [modules[name] for name in vars(pair).get(KEPT, ()) if name in modules]
+    frozen = (module for module in modules.values() if module is not pair and _is_frozen(module))
+    inside = {id(part): part for module in frozen for part in module.modules() if not part.training}
+    return list({id(module): module for module in (*kept, *inside.values())}.values())
+
+
+def remember_kept(pair: Pair, kept: list[nn.Module]) -> None:
+    """Store in a pair which of its modules a run left in evaluation mode; a copy of the pair has them too."""
+    vars(pair)[KEPT] = tuple(name for name, module in pair.named_modules() if any(module is each for each in kept))
+
+
+def to_training(pair: Pair, kept: list[nn.Module]) -> None:
+    """Put a pair in training mode, but for some modules."""
+    pair.train()
+    for module in kept:
+        module.training = False
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    parameters = list(module.parameters())
+    return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
+
+
 @contextmanager
 def in_mode(pair: Pair, *, training: bool) -> Iterator[None]:
-    """Put a pair in training or evaluation mode; each module's flag is restored afterwards."""
+    """Put a pair in training mode, as ``fit`` does, or in evaluation mode; flags are restored afterwards."""
     flags = {module: module.training for module in pair.modules()}
-    pair.train(training)
+    if training:
+        to_training(pair, kept_in_evaluation(pair))
+    else:
+        pair.eval()
     try:
         yield
     finally:

@@ -18,6 +18,7 @@ from pyro_vae.capture.program import Capture, check_capture
 from pyro_vae.objectives.bounds import elbo
 from pyro_vae.objectives.loss import WEIGHED, Loss, check_loss
 from pyro_vae.pair.inspection import Inspection, inspect
+from pyro_vae.pair.modes import remember_kept
 from pyro_vae.pair.pair import Pair
 from pyro_vae.runtime.batches import Batches
 from pyro_vae.runtime.device import resolve_device
@@ -104,7 +105,8 @@ def fit(
     in every process; the first one writes the run folder.
 
     Args:
-        pair: the pair, which is trained in place and stays on the device.
+        pair: the pair, which is trained in place and stays on the device. Modules in evaluation mode inside a pair in
+            training mode keep theirs, and so do frozen ones that an earlier run left so.
         data: ``x`` (N, …), a tuple of ``x`` and the pair's conditions, N rows each, or a data set of
             :mod:`pyro_vae.data`, whose training images are taken. Data are copied to the GPU if they fit in half of its
             free memory, and streamed batch by batch otherwise.
@@ -193,6 +195,7 @@ def fit(
             trainer.restore(state)
         # Before the first step: a run that breaks off has used its seed too.
         remember_seeds(pair, seeds)
+        remember_kept(pair, trainer.kept)
         _train(trainer, steps, folder, epochs, shows)
     pair.eval()
     return Run(pair, trainer.metrics, folder.path)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.pair.annealed import annealed
-from pyro_vae.pair.modes import device_of
+from pyro_vae.pair.modes import device_of, kept_in_evaluation, to_training
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.trace import site_terms
 from pyro_vae.runtime.batches import Batch, Batches
@@ -81,7 +81,7 @@ class Trainer:
         self.pair, self.optimizer, self.scheduler = pair, optimizer, scheduler
         self.train, self.settings, self.processes = train, settings, processes
         self.in_bfloat16, self.weighs_divergence = in_bfloat16, weighs_divergence
-        self.device = device_of(pair)
+        self.device, self.kept = device_of(pair), kept_in_evaluation(pair)
         self.validates = held_out is not None
         self.followed = tuple(t.to(self.device) for t in (held_out or train.first(FOLLOWED)))
         self.epoch = 0
@@ -98,7 +98,7 @@ class Trainer:
             step: that of all other batches.
         """
         start = time.perf_counter()
-        self.pair.train()
+        to_training(self.pair, self.kept)
         if self.processes.size > 1:
             # Each process draws other noise. It is seeded anew per epoch, since only one process saves its generator.
             seed_generators(self.processes.seed(self.settings.seed, self.epoch + 1), self.device)
