@@ -67,7 +67,8 @@ def em(pair: Pair, x: Tensor, *, steps: int = 200, tolerance: float = 1e-7) -> E
         :class:`ExpectationMaximisation`.
 
     Raises:
-        ValueError: for a pair without exact steps, or with those of another model, bad data, fewer than one step, a negative tolerance.
+        ValueError: for a pair without exact steps, or with those of another model, bad data, fewer than one step, a
+            negative tolerance.
 
     Reference:
         Neal and Hinton (1998), A view of the EM algorithm that justifies incremental, sparse, and other variants,

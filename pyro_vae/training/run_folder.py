@@ -6,6 +6,7 @@ import json
 import platform
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -126,9 +127,21 @@ class RunFolder:
             raise ValueError(
                 f"{self.path} already holds a run: choose another folder, or continue it (resume, --resume)"
             )
-        # The checkpoint first: a folder with a config.json counts as a run.
-        self._write(state)
-        self._write_config({}, state["model"], identity, config)
+        try:
+            json.dumps(config)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"config holds a value that config.json cannot hold: {error}") from error
+        there = [path for path in (self.path, *self.path.parents) if path.exists()]
+        before = set(self.path.rglob("*"))
+        try:
+            # The checkpoint first: a folder with a config.json counts as a run.
+            self._write(state)
+            self._write_config({}, state["model"], identity, config)
+        except Exception:
+            _remove(set(self.path.rglob("*")) - before)
+            _remove({path for path in (self.path, *self.path.parents) if path not in there})
+            self._unsaved = None
+            raise
 
     def _resume(self, state: dict[str, Any], identity: Identity, config: dict[str, Any]) -> dict[str, Any]:
         assert self.path is not None
@@ -181,14 +194,30 @@ class RunFolder:
         self._next_save = end + (end - start) * (1 / SHARE_OF_SAVING - 1)
 
 
+def _remove(paths: set[Path]) -> None:
+    """Remove files and empty folders, the innermost first."""
+    for path in sorted(paths, key=lambda path: len(path.parts), reverse=True):
+        with suppress(OSError):
+            path.rmdir() if path.is_dir() else path.unlink()
+
+
 def save_parameters(pair: Pair, path: Path) -> None:
     """Write a pair's parameters and buffers as safetensors that name the model."""
     save_tensors(pair.state_dict(), type(pair).__name__, path)
 
 
 def save_tensors(values: dict[str, Tensor], model: str, path: Path) -> None:
-    """Write a state dictionary as safetensors that name the model."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in values.items()}
+    """Write a state dictionary as safetensors that name the model.
+
+    Tensors that share memory, e.g. tied weights, are written once under each name: the format knows no sharing.
+    """
+    tensors: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in values.items():
+        tensors[name] = tensor.detach().cpu().contiguous()
+        if (place := tensors[name].untyped_storage().data_ptr()) in storages:
+            tensors[name] = tensors[name].clone()
+        storages.add(place)
     metadata = {"format": "pyro_vae", "model": model}
     write_whole(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata))
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import pyro_vae as pv
 from pyro_vae.report.files import write_loss_terms
+from pyro_vae.training.run_folder import load_parameters
 
 
 def data(size: int = 64) -> Tensor:
@@ -182,3 +183,69 @@ def test_all_other_layers_train_in_every_run() -> None:
     pair.train()
     fit(pair, data())
     assert int(norm.num_batches_tracked) == 12
+
+
+# Storages that several names share
+
+
+class Transposed(nn.Module):
+    """Decode by a part of the encoder's matrix."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight, self.bias = weight, nn.Parameter(torch.zeros(4))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z @ self.weight[:2] + self.bias
+
+
+def tied(seed: int = 0) -> pv.models.VAE:
+    torch.manual_seed(seed)
+    encoder = nn.Linear(4, 4)
+    return pv.models.VAE((4,), pv.StandardNormal(2), encoder=encoder, decoder=Transposed(encoder.weight))
+
+
+def registered_twice(seed: int = 0) -> pv.models.VAE:
+    torch.manual_seed(seed)
+    pair = pv.models.VAE((4,), pv.StandardNormal(2), encoder=nn.Linear(4, 4), decoder=nn.Linear(2, 4))
+    pair.again = pair.p_x.network
+    return pair
+
+
+def with_buffers_of_one_storage(seed: int = 0) -> pv.models.VAE:
+    pair = registered_twice(seed)
+    whole = torch.arange(6.0)
+    pair.register_buffer("low", whole[:4])
+    pair.register_buffer("high", whole[2:])
+    return pair
+
+
+@pytest.mark.parametrize("make", [tied, registered_twice, with_buffers_of_one_storage])
+def test_shared_storages_are_saved_and_resumed(make: Any, tmp_path: Path) -> None:
+    unbroken, broken, again, loaded = make(), make(), make(seed=1), make(seed=2)
+    fit(unbroken, data(), epochs=3)
+    fit(broken, data(), epochs=1, run_dir=tmp_path / "run")
+    load_parameters(loaded, tmp_path / "run/checkpoint/pair.safetensors")
+    fit(again, data(), epochs=3, run_dir=tmp_path / "run", resume=True)
+    for ours, theirs in ((loaded, broken), (again, unbroken)):
+        assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(ours.buffers(), theirs.buffers(), strict=True))
+        assert len(list(ours.parameters())) < len(ours.state_dict())
+
+
+@pytest.mark.parametrize("place", ["new", "new/inside", "old"])
+def test_a_run_that_cannot_begin_leaves_no_folder(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "notes.txt").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="config holds a value that config.json cannot hold"):
+        fit(tied(), data(), run_dir=tmp_path / place, config={"weights": torch.zeros(2)})
+    assert sorted(tmp_path.rglob("*")) == before
+
+    def full(*_: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("pyro_vae.training.run_folder.save_tensors", full)
+    with pytest.raises(OSError, match="no space left"):
+        fit(tied(), data(), run_dir=tmp_path / place)
+    assert sorted(tmp_path.rglob("*")) == before
