@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.utils._pytree import tree_leaves
 
 from pyro_vae.pair.checks import check_batch, check_conditions, refuse_outside
 from pyro_vae.pair.contract import check_contract, probe, trace_few
-from pyro_vae.pair.modes import drawing, rehearsal, to_pair
+from pyro_vae.pair.modes import drawing, evaluation, rehearsal, to_pair
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.site import Site
 from pyro_vae.pair.trace import PairTrace, trace_pair
@@ -150,6 +152,10 @@ def inspect(pair: Pair, batch: tuple[Tensor, ...], argument: str = "x", seen: Te
     """
     check_batch(pair, batch, argument)
     few = to_pair(pair, probe(batch))
+    if any(isinstance(parameter, UninitializedParameter) for parameter in pair.parameters()):
+        # Lazy layers draw their parameters now, as others do when they are made: from the caller's random state.
+        with evaluation(pair), torch.inference_mode(False), torch.no_grad():
+            trace_pair(pair, *few)
     finder = _NetworkFinder(pair)
     with drawing(pair, seed=0):
         with finder:

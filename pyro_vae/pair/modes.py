@@ -19,6 +19,7 @@ __all__ = [
     "evaluation",
     "in_mode",
     "kept_in_evaluation",
+    "normalises",
     "rehearsal",
     "remember_kept",
     "to_pair",
@@ -63,6 +64,12 @@ def kept_in_evaluation(pair: Pair) -> list[nn.Module]:
     frozen = (module for module in modules.values() if module is not pair and _is_frozen(module))
     inside = {id(part): part for module in frozen for part in module.modules() if not part.training}
     return list({id(module): module for module in (*kept, *inside.values())}.values())
+
+
+def normalises(pair: Pair, kept: list[nn.Module]) -> bool:
+    """Return whether a pair normalises by batches while it trains with these modules in evaluation mode."""
+    held = {id(module) for module in kept}
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) and id(m) not in held for m in pair.modules())
 
 
 def remember_kept(pair: Pair, kept: list[nn.Module]) -> None:

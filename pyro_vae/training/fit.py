@@ -18,8 +18,9 @@ from pyro_vae.capture.program import Capture, check_capture
 from pyro_vae.objectives.bounds import elbo
 from pyro_vae.objectives.loss import WEIGHED, Loss, check_loss
 from pyro_vae.pair.inspection import Inspection, inspect
-from pyro_vae.pair.modes import remember_kept
+from pyro_vae.pair.modes import kept_in_evaluation, normalises, rehearsal, remember_kept
 from pyro_vae.pair.pair import Pair
+from pyro_vae.pair.trace import trace_pair
 from pyro_vae.runtime.batches import Batches
 from pyro_vae.runtime.device import resolve_device
 from pyro_vae.runtime.distributed import Averaging, LostProcessError, Processes, join
@@ -111,7 +112,8 @@ def fit(
             :mod:`pyro_vae.data`, whose training images are taken. Data are copied to the GPU if they fit in half of its
             free memory, and streamed batch by batch otherwise.
         epochs: passes over the data; a resumed run counts those already done.
-        batch_size: data per step and process. The last batch of an epoch may be shorter.
+        batch_size: data per step and process. The last batch of an epoch may be shorter. Under batch normalisation a
+            single last datum joins the batch before it.
         loss: a Pyro ELBO (``Trace_ELBO()`` by default), which is minimised, or an objective such as
             :func:`~pyro_vae.objectives.iwae`, which is maximised.
         num_particles: draws of z per datum for an objective. A Pyro ELBO has its number, e.g.
@@ -176,6 +178,7 @@ def fit(
         raise ValueError("config adds entries to a run folder's config.json: give run_dir too, or leave config out")
     settings = Settings(batch_size, lr, beta, warmup, clip_norm, num_particles, patience, *seeds, compiled, tf32)
     settings.check(train, held_out, epochs=epochs, processes=processes.size)
+    _check_one_datum(inspection, settings)
     check_loss(inspection, loss, train, num_particles=num_particles, uses_beta=settings.uses_beta)
     update = _optimizer(optimizer, list(pair.to(target).parameters()), lr)
     _check_moves_all(pair, update)
@@ -290,6 +293,24 @@ def _optimizer(make: MakeOptimizer | None, parameters: list[nn.Parameter], lr: f
     if isinstance(update, torch.optim.LBFGS):
         raise ValueError("LBFGS evaluates its loss several times a step, on new draws each time: use another optimiser")
     return update
+
+
+def _check_one_datum(inspection: Inspection, settings: Settings) -> None:
+    """Refuse batches of one datum for a pair that normalises by batches and cannot run on one."""
+    pair = inspection.pair
+    if settings.batch_size > 1 or not normalises(pair, kept_in_evaluation(pair)):
+        return
+    try:
+        with rehearsal(pair, seed=0):
+            trace_pair(pair, *(tensor[:1] for tensor in inspection.batch))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            # Another fault, which training reports.
+            return
+        raise ValueError(
+            "batch_size is 1, and the pair normalises by batches, which takes two data at least: raise batch_size, or "
+            "put the norm in evaluation mode (norm.eval())"
+        ) from error
 
 
 def _check_moves_all(pair: Pair, update: torch.optim.Optimizer) -> None:

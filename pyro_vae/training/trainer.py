@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.pair.annealed import annealed
-from pyro_vae.pair.modes import device_of, kept_in_evaluation, to_training
+from pyro_vae.pair.modes import device_of, kept_in_evaluation, normalises, to_training
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.trace import site_terms
 from pyro_vae.runtime.batches import Batch, Batches
@@ -82,6 +82,7 @@ class Trainer:
         self.train, self.settings, self.processes = train, settings, processes
         self.in_bfloat16, self.weighs_divergence = in_bfloat16, weighs_divergence
         self.device, self.kept = device_of(pair), kept_in_evaluation(pair)
+        self.normalises = normalises(pair, self.kept)
         self.validates = held_out is not None
         self.followed = tuple(t.to(self.device) for t in (held_out or train.first(FOLLOWED)))
         self.epoch = 0
@@ -159,7 +160,10 @@ class Trainer:
         # Drawn from seed and epoch alone: a resumed run has the same order.
         generator = torch.Generator().manual_seed((self.settings.seed * 1_000_003 + self.epoch) % SEEDS)
         order = torch.randperm(size, generator=generator)
-        parts = order.split(self.settings.batch_size * self.processes.size)
+        parts = list(order.split(self.settings.batch_size * self.processes.size))
+        if self.normalises and len(parts) > 1 and len(parts[-1]) < 2 * self.processes.size:
+            # A process with one datum would have no variance to normalise by.
+            parts[-2:] = [torch.cat(parts[-2:])]
         losses: list[float | Tensor] = []
         # Found once: a walk over all modules takes as long as a small network's update.
         read, numbers = 0, annealed(self.pair)

@@ -238,7 +238,7 @@ def test_a_run_that_cannot_begin_leaves_no_folder(place: str, tmp_path: Path, mo
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "notes.txt").write_text("mine")
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(ValueError, match="config holds a value that config.json cannot hold"):
+    with pytest.raises(ValueError, match="config holds a value that config"):
         fit(tied(), data(), run_dir=tmp_path / place, config={"weights": torch.zeros(2)})
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -249,3 +249,48 @@ def test_a_run_that_cannot_begin_leaves_no_folder(place: str, tmp_path: Path, mo
     with pytest.raises(OSError, match="no space left"):
         fit(tied(), data(), run_dir=tmp_path / place)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+# Layers that need more than one datum, or a first one
+
+
+@pytest.mark.parametrize(("size", "sizes"), [(33, [16, 17]), (34, [16, 16, 2]), (17, [17]), (16, [16])])
+def test_a_last_datum_joins_the_batch_before_it_under_a_batch_norm(size: int, sizes: list[int]) -> None:
+    pair, found = normalised(), []
+    pair.q_z.network[1].register_forward_pre_hook(
+        lambda module, inputs: found.append(len(inputs[0])) if module.training and torch.is_grad_enabled() else None
+    )
+    run = fit(pair, data(size), capture=False)
+    assert found == sizes
+    assert math.isfinite(run.metrics[-1]["loss"])
+
+
+def test_a_last_datum_is_a_batch_where_nothing_normalises() -> None:
+    pair, found = normalised(), []
+    pair.q_z.network[1].eval()
+    pair.q_z.network[0].register_forward_pre_hook(
+        lambda module, inputs: found.append(len(inputs[0])) if torch.is_grad_enabled() else None
+    )
+    fit(pair, data(33), capture=False)
+    assert found[-3:] == [16, 16, 1]
+
+
+@pytest.mark.parametrize("size", [1, 5])
+def test_batches_of_one_datum_are_refused_where_a_norm_cannot_take_them(size: int) -> None:
+    with pytest.raises(ValueError, match="batch_size is 1, and the pair normalises by batches"):
+        fit(normalised(), data(size), batch_size=1)
+    pair = normalised()
+    pair.q_z.network[1].eval()
+    fit(pair, data(size), batch_size=1)
+
+
+def test_lazy_layers_begin_from_the_callers_seed() -> None:
+    def lazy(seed: int) -> pv.models.VAE:
+        pair = pv.models.VAE((4,), pv.StandardNormal(2), encoder=nn.LazyLinear(4), decoder=nn.LazyLinear(4))
+        torch.manual_seed(seed)
+        fit(pair, data(), lr=1e-9)
+        return pair
+
+    first, again, other = (lazy(seed).q_z.network.weight for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert (first - other).abs().max() > 0.01
