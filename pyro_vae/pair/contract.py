@@ -14,6 +14,7 @@ from typing import Any, Self
 import pyro
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_vae.pair.failures import COARSE, TOO_COARSE, automatic_guide
@@ -137,8 +138,12 @@ def check_parameters(pair: Pair) -> None:
         ValueError: naming the first.
     """
     for name, parameter in pair.named_parameters():
-        # One pass without a temporary; a sum of finite numbers may overflow, so the entries decide.
-        if not bool(parameter.detach().sum().isfinite()) and not bool(parameter.detach().isfinite().all()):
+        if is_lazy(parameter):
+            continue
+        value = parameter.detach()
+        # One pass without a temporary; a sum of finite numbers may overflow, so the entries decide. A frozen parameter
+        # may hold infinities on purpose, e.g. as a mask of attention.
+        if not bool(value.sum().isfinite()) and bool((value.isnan() | (value.isinf() & parameter.requires_grad)).any()):
             raise ValueError(
                 f"parameter '{name}' has NaN or infinite values: load parameters from before they became so, or make "
                 "the pair anew and train it with a smaller lr"
