@@ -15,6 +15,7 @@ __all__ = [
     "check_batch",
     "check_conditions",
     "check_finite",
+    "check_masks",
     "check_tensor",
     "programs_after",
     "refuse_outside",
@@ -71,6 +72,27 @@ def check_finite(x: Tensor, argument: str) -> None:
         raise ValueError(
             f"{argument} has {count} NaN or infinite value{'s' if count > 1 else ''}, the first at index {first}"
         )
+
+
+def check_masks(guide: Mapping[str, Site], model: Mapping[str, Site]) -> None:
+    """Refuse a latent that one program scores and the other masks: its log-densities would not cancel.
+
+    Raises:
+        ValueError: naming the site.
+    """
+    for name, site in guide.items():
+        other = model[name]
+        if site.scored is None and other.scored is None:
+            continue
+        ours, theirs = (
+            torch.ones_like(site.value, dtype=torch.bool) if scored is None else scored.expand_as(site.value)
+            for scored in (site.scored_value, other.scored_value)
+        )
+        if not torch.equal(ours, theirs):
+            raise ValueError(
+                f"site '{name}' is masked otherwise in the guide than in the model: a weight would hold one of its "
+                "log-densities without the other; put the same mask on both"
+            )
 
 
 def check_conditions(pair: Pair, model: Mapping[str, Site], few: tuple[Tensor, ...], batch: tuple[Tensor, ...]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pyro_vae.pair.checks import check_masks
 from pyro_vae.pair.failures import COARSE, TOO_COARSE, automatic_guide
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.site import Site
@@ -93,7 +94,7 @@ def check_contract(pair: Pair, batch: tuple[Tensor, ...], trace: PairTrace) -> N
     """
     _check_sites(trace)
     check_measures(trace)
-    _check_masks(trace)
+    check_masks(trace.guide, trace.model)
     with _tidy_store() as stored:
         _check_leaves(pair, batch, stored)
         reference = _Reference(pair, batch)
@@ -206,22 +207,6 @@ def _check_sites(trace: PairTrace) -> None:
                     f"the {program}'s site '{site.name}' has parameters in half precision, too coarse for a "
                     "log-density: convert them, e.g. loc.float(), and leave autocast"
                 )
-
-
-def _check_masks(trace: PairTrace) -> None:
-    """Refuse a latent that one program scores and the other masks: its log-densities would not cancel."""
-    for name, site in trace.guide.items():
-        if site.scored is None and trace.model[name].scored is None:
-            continue
-        ours, theirs = (
-            torch.ones_like(site.value, dtype=torch.bool) if each is None else each.expand_as(site.value)
-            for each in (site.scored_value, trace.model[name].scored_value)
-        )
-        if not torch.equal(ours, theirs):
-            raise ValueError(
-                f"site '{name}' is masked otherwise in the guide than in the model: a weight would hold one of its "
-                "log-densities without the other; put the same mask on both"
-            )
 
 
 def _check_leaves(pair: Pair, batch: tuple[Tensor, ...], stored: set[str]) -> None:

@@ -14,6 +14,7 @@ from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from pyro_vae.pair.checks import check_masks
 from pyro_vae.pair.failures import COARSE, TOO_COARSE, explained
 from pyro_vae.pair.handlers import DrawObserved, HoldLatents
 from pyro_vae.pair.pair import Pair
@@ -291,7 +292,7 @@ def check_same_latents(guide: Mapping[str, Site], model: Mapping[str, Site]) -> 
     """Refuse a guide whose sites are not the model's latent sites.
 
     Raises:
-        ValueError: naming the sites that one of them lacks.
+        ValueError: naming the sites that one of them lacks, or that one of them alone masks.
     """
     latents = {name for name, site in model.items() if not site.is_observed}
     _check_guide(guide)
@@ -310,6 +311,9 @@ def check_same_latents(guide: Mapping[str, Site], model: Mapping[str, Site]) -> 
         )
     if extra := sorted(set(guide) - latents):
         raise ValueError(f"the guide samples {extra}, which is no latent site of the model; rename or remove it")
+    # Their entries are compared once per call, by inspect; here only a mask without its counterpart is.
+    if any((site.scored is None) != (model[name].scored is None) for name, site in guide.items()):
+        check_masks(guide, model)
 
 
 def _check_guide(guide: Mapping[str, Site]) -> None:
