@@ -124,6 +124,9 @@ class Line(pv.Pair):
 class Conditioned(Line):
     """The same with one condition."""
 
+    # The line's hold for the same model under another signature.
+    closed_form, e_step, elbo, m_step = Line.closed_form, Line.e_step, Line.elbo, Line.m_step
+
     def model(self, x: Tensor, condition: Tensor) -> None:
         super().model(x, condition)
 
