@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from pyro.infer import (
     ELBO,
+    EnergyDistance,
     RenyiELBO,
     ReweightedWakeSleep,
     Trace_ELBO,
@@ -19,7 +20,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vae.distributions.batch_optimal import BatchOptimalNormal
-from pyro_vae.objectives.bounds import Objective, elbo
+from pyro_vae.objectives.bounds import Objective, beta_elbo, capacity_elbo, elbo, free_bits, renyi
 from pyro_vae.objectives.reconstruction import MASKED_AROUND
 from pyro_vae.pair.inspection import Inspection
 from pyro_vae.pair.modes import device_of
@@ -28,7 +29,7 @@ from pyro_vae.pair.terms import LogTerms, SiteTerms
 from pyro_vae.pair.trace import PairTrace, pyro_traces
 from pyro_vae.runtime.random_state import own_random_state
 
-__all__ = ["WEIGHED", "Loss", "PairLoss", "check_loss"]
+__all__ = ["WEIGHED", "Loss", "PairLoss", "check_kind", "check_loss"]
 
 
 class PairLoss(ELBO, abc.ABC):
@@ -85,6 +86,25 @@ Loss: TypeAlias = ELBO | Objective
 WEIGHED = (Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO)
 
 
+def check_kind(loss: object) -> None:
+    """Refuse what is no loss, and what only makes one.
+
+    Raises:
+        ValueError: with the way to write it.
+    """
+    ways = "pass pv.objectives.elbo, another objective, or an ELBO of Pyro such as Trace_ELBO()"
+    if isinstance(loss, str):
+        raise ValueError(f"loss is the text {loss!r}, and no loss: {ways}")
+    if isinstance(loss, type):
+        raise ValueError(f"loss is the class {loss.__name__}: call it with its settings, as in Trace_ELBO()")
+    if loss in (beta_elbo, capacity_elbo, free_bits, renyi):
+        name = getattr(loss, "__name__", "")
+        raise ValueError(f"loss is {name}, which makes an objective: call it with its numbers, as in renyi(0.5)")
+    # Pyro's EnergyDistance can be called, and bounds nothing.
+    if not isinstance(loss, ELBO) and (not callable(loss) or isinstance(loss, EnergyDistance)):
+        raise ValueError(f"loss is of type {type(loss).__name__}, and no loss: {ways}")
+
+
 def check_loss(
     inspection: Inspection, loss: Loss, batch: tuple[Tensor, ...], *, num_particles: int, uses_beta: bool
 ) -> None:
@@ -103,6 +123,7 @@ def check_loss(
             divergences if their conditions fail, an objective that does not return one number per datum, and one
             without a gradient through the guide's draws.
     """
+    check_kind(loss)
     name = getattr(loss, "__name__", type(loss).__name__)
     if name.startswith("Jit") or isinstance(loss, ReweightedWakeSleep):
         raise ValueError(f"{name} looks parameters up in Pyro's store or has two losses: use it in a loop of your own")

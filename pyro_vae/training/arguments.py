@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import math
+import numbers
+import operator
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -23,8 +26,10 @@ __all__ = [
     "as_batch",
     "fingerprint",
     "next_seeds",
+    "real",
     "remember_seeds",
     "split",
+    "whole",
 ]
 
 # The attribute of a pair that holds the seed of its next run, and that of its held-out share.
@@ -39,7 +44,7 @@ class Settings:
     batch_size: int
     lr: float | None
     beta: float
-    warmup: int
+    warmup: float
     clip_norm: float | None
     num_particles: int
     patience: int | None
@@ -66,7 +71,7 @@ class Settings:
             ValueError: naming the setting and its limits.
         """
         self._check_counts(len(train[0]), epochs, processes)
-        if not 0 <= self.beta < math.inf or self.warmup < 0:
+        if not 0 <= self.beta < math.inf or not 0 <= self.warmup < math.inf:
             raise ValueError(
                 f"beta is {self.beta}, warmup {self.warmup}; both must be finite, and neither may be negative"
             )
@@ -124,6 +129,43 @@ class Identity:
         return {**settings, **named}
 
 
+def whole(value: Any, argument: str) -> int:
+    """Return a whole number of Python, NumPy or torch as an int.
+
+    Raises:
+        ValueError: naming the argument, for anything else.
+
+    >>> whole(torch.tensor(3), "epochs")
+    3
+    """
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{argument} is {_shown(value)}; it must be a whole number") from None
+
+
+def real(value: Any, argument: str) -> float:
+    """Return a real number of Python, NumPy or torch as one of Python.
+
+    Raises:
+        ValueError: naming the argument, for anything else.
+
+    >>> real(torch.tensor(0.5), "beta"), real(1, "beta")
+    (0.5, 1)
+    """
+    if isinstance(value, Tensor | numpy.ndarray) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError(f"{argument} is {_shown(value)}; it must be a number")
+    return value if isinstance(value, int) else float(value)
+
+
+def _shown(value: object) -> str:
+    return repr(value) if isinstance(value, (int, float, str, type(None))) else f"of type {type(value).__name__}"
+
+
 class Seeds(NamedTuple):
     """The seed of a run, and that of the share that it holds out."""
 
@@ -164,7 +206,7 @@ def split(
     """
     if validation is None:
         return data, None
-    if not isinstance(validation, (int, float)):
+    if not isinstance(validation, (int, float, numbers.Real)):
         return data, as_batch(validation)
     if not 0 < validation < 1:
         raise ValueError(f"validation is {validation}; as a share of the data it must lie between 0 and 1")

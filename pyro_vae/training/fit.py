@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from numbers import Real
+from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 from pyro_vae.capture.program import Capture, check_capture
 from pyro_vae.objectives.bounds import elbo
-from pyro_vae.objectives.loss import WEIGHED, Loss, check_loss
+from pyro_vae.objectives.loss import WEIGHED, Loss, check_kind, check_loss
 from pyro_vae.pair.inspection import Inspection, inspect
 from pyro_vae.pair.modes import kept_in_evaluation, normalises, rehearsal, remember_kept
 from pyro_vae.pair.pair import Pair
@@ -33,8 +35,10 @@ from pyro_vae.training.arguments import (
     as_batch,
     fingerprint,
     next_seeds,
+    real,
     remember_seeds,
     split,
+    whole,
 )
 from pyro_vae.training.captured_step import captured_step
 from pyro_vae.training.precision import Precision, check_precision, to_precision
@@ -79,7 +83,7 @@ def fit(
     lr: float | None = None,
     scheduler: MakeScheduler | None = None,
     beta: float = 1.0,
-    warmup: int = 0,
+    warmup: float = 0,
     clip_norm: float | None = None,
     patience: int | None = None,
     capture: Capture = "auto",
@@ -168,14 +172,21 @@ def fit(
     >>> [record["epoch"] for record in run.metrics]
     [1, 2]
     """
+    if not isinstance(pair, Pair):
+        raise ValueError(f"pair is {_kind_of(pair)}; it must be an instance of a subclass of pv.Pair")
     loss = Trace_ELBO() if loss is None else loss
+    check_kind(loss)
+    epochs, batch_size = whole(epochs, "epochs"), whole(batch_size, "batch_size")
+    num_particles = whole(num_particles, "num_particles")
+    patience, seed = (None if n is None else whole(n, name) for n, name in ((patience, "patience"), (seed, "seed")))
+    beta, warmup = real(beta, "beta"), real(warmup, "warmup")
+    lr, clip_norm = (None if n is None else real(n, name) for n, name in ((lr, "lr"), (clip_norm, "clip_norm")))
+    _check_folder(run_dir, config)
     _check_capture(capture, compiled)
     processes, target = _place(device, precision, tf32)
     folder = RunFolder(None if run_dir is None else Path(run_dir), processes)
     seeds = folder.seeds(seed) if resume else next_seeds(pair, seed)
     train, held_out, inspection = _data(pair, data, validation, precision, seeds.split)
-    if config and run_dir is None:
-        raise ValueError("config adds entries to a run folder's config.json: give run_dir too, or leave config out")
     settings = Settings(batch_size, lr, beta, warmup, clip_norm, num_particles, patience, *seeds, compiled, tf32)
     settings.check(train, held_out, epochs=epochs, processes=processes.size)
     _check_one_datum(inspection, settings)
@@ -202,6 +213,19 @@ def fit(
         _train(trainer, steps, folder, epochs, shows)
     pair.eval()
     return Run(pair, trainer.metrics, folder.path)
+
+
+def _kind_of(thing: object) -> str:
+    return f"the class {thing.__name__}" if isinstance(thing, type) else f"of type {type(thing).__name__}"
+
+
+def _check_folder(run_dir: object, config: object) -> None:
+    if not isinstance(run_dir, (str, PathLike, type(None))):
+        raise ValueError(f"run_dir is {_kind_of(run_dir)}; it must be a path")
+    if not isinstance(config, (Mapping, type(None))):
+        raise ValueError(f"config is {_kind_of(config)}; it must be a dictionary of entries for config.json")
+    if config and run_dir is None:
+        raise ValueError("config adds entries to a run folder's config.json: give run_dir too, or leave config out")
 
 
 def _check_capture(capture: Capture, compiled: bool) -> None:
@@ -231,7 +255,7 @@ def _data(
     if not any(parameter.requires_grad for parameter in pair.parameters()):
         raise ValueError(f"{type(pair).__name__} has no parameters to train")
     inspection = inspect(pair, batch, "data")
-    if validation is not None and not isinstance(validation, (int, float)):
+    if validation is not None and not isinstance(validation, (int, float, Real)):
         validation = _converted(as_batch(validation), precision)
         inspection.check(validation, "validation")
     return (*split(batch, validation, seed), inspection)
@@ -335,7 +359,16 @@ def _rate(update: torch.optim.Optimizer) -> float | None:
 def _schedule(
     make: MakeScheduler, update: torch.optim.Optimizer, validates: bool
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    schedule = make(update) if callable(make) else None
+    try:
+        is_a_maker = callable(make) and not isinstance(make, pyro.optim.PyroOptim)
+        schedule = make(update) if is_a_maker else None
+    except TypeError as error:
+        if not isinstance(make, type):
+            raise
+        raise ValueError(
+            f"scheduler is the class {make.__name__}, which asks for more than the optimiser ({error}): give a "
+            "function, as in lambda optimizer: CosineAnnealingLR(optimizer, 20)"
+        ) from error
     if not isinstance(schedule, torch.optim.lr_scheduler.LRScheduler):
         given = make if schedule is None else schedule
         raise ValueError(

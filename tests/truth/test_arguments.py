@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pyro
 import pytest
 import torch
-from pyro.infer import RenyiELBO
+from pyro.infer import EnergyDistance, RenyiELBO, Trace_ELBO
 from torch import Tensor, nn
 
 import pyro_vae as pv
 from pyro_vae.cli.training import Training
 from pyro_vae.objectives.bounds import beta_elbo, elbo, free_bits, iwae, renyi
+
+SCHEDULED = {"optimizer": torch.optim.Adam, "optim_args": {"lr": 1e-3}, "gamma": 0.9}
 
 
 def vae() -> pv.models.VAE:
@@ -202,3 +206,82 @@ def test_a_resumed_run_has_the_seed_of_its_beginning(tmp_path: Path) -> None:
     assert torch.equal(weights(again), weights(unbroken))
     with pytest.raises(ValueError, match="begun with other settings: seed"):
         fit(again, data(), validation=0.25, epochs=4, run_dir=tmp_path, resume=True, seed=1)
+
+
+# Types
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"loss": "elbo"}, "loss is the text 'elbo', and no loss: pass pv.objectives.elbo"),
+        ({"loss": Trace_ELBO}, r"loss is the class Trace_ELBO: call it .* Trace_ELBO\(\)"),
+        ({"loss": pv.DReG}, "loss is the class DReG: call it"),
+        ({"loss": renyi}, r"loss is renyi, which makes an objective: call it .* renyi\(0.5\)"),
+        ({"loss": beta_elbo}, "loss is beta_elbo, which makes an objective"),
+        ({"loss": EnergyDistance()}, "loss is of type EnergyDistance, and no loss"),
+        ({"loss": 1.0}, "loss is of type float, and no loss"),
+        ({"epochs": math.nan}, "epochs is nan; it must be a whole number"),
+        ({"epochs": math.inf}, "epochs is inf; it must be a whole number"),
+        ({"epochs": 2.5}, "epochs is 2.5; it must be a whole number"),
+        ({"epochs": None}, "epochs is None; it must be a whole number"),
+        ({"epochs": "3"}, "epochs is '3'; it must be a whole number"),
+        ({"epochs": True}, "epochs is True; it must be a whole number"),
+        ({"batch_size": 16.0}, "batch_size is 16.0; it must be a whole number"),
+        ({"batch_size": None}, "batch_size is None; it must be a whole number"),
+        ({"seed": 0.5}, "seed is 0.5; it must be a whole number"),
+        ({"patience": "2"}, "patience is '2'; it must be a whole number"),
+        ({"num_particles": [5], "loss": iwae}, "num_particles is of type list; it must be a whole number"),
+        ({"beta": "1"}, "beta is '1'; it must be a number"),
+        ({"beta": pv.Annealed(0.0, 1.0, 5)}, "beta is of type Annealed; it must be a number"),
+        ({"beta": math.nan}, "beta is nan"),
+        ({"warmup": math.nan}, "warmup nan"),
+        ({"warmup": None}, "warmup is None; it must be a number"),
+        ({"lr": "1e-3"}, "lr is '1e-3'; it must be a number"),
+        ({"lr": math.nan}, "lr is nan; it must be positive and finite"),
+        ({"clip_norm": "1"}, "clip_norm is '1'; it must be a number"),
+        ({"clip_norm": math.nan}, "clip_norm is nan; it must be positive"),
+        ({"run_dir": 5}, "run_dir is of type int; it must be a path"),
+        ({"run_dir": "run", "config": [1]}, "config is of type list; it must be a dictionary"),
+        ({"scheduler": torch.optim.lr_scheduler.CosineAnnealingLR}, "scheduler is the class CosineAnnealingLR, which"),
+        ({"scheduler": pyro.optim.ExponentialLR(SCHEDULED)}, "scheduler gives PyroLRScheduler; it must make"),
+    ],
+    ids=lambda value: ", ".join(map(str, value)) if isinstance(value, dict) else "",
+)
+def test_an_argument_of_another_type_is_refused(
+    kwargs: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pair = vae()
+    before = weights(pair)
+    with pytest.raises(ValueError, match=message):
+        fit(pair, data(), **kwargs)
+    assert torch.equal(before, weights(pair))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("pair", [pv.models.VAE, nn.Linear(4, 4), None], ids=["a class", "a network", "nothing"])
+def test_what_is_no_pair_is_refused(pair: Any) -> None:
+    with pytest.raises(ValueError, match=r"pair is .*; it must be an instance of a subclass of pv\.Pair"):
+        fit(pair, data())
+
+
+def test_numbers_of_numpy_and_torch_are_taken(tmp_path: Path) -> None:
+    given: dict[str, Any] = {
+        "epochs": numpy.int64(2),
+        "batch_size": torch.tensor(16),
+        "seed": numpy.uint8(3),
+        "patience": numpy.int32(5),
+        "validation": numpy.float32(0.25),
+        "lr": numpy.float64(0.01),
+        "beta": numpy.float32(0.5),
+        "warmup": numpy.int64(1),
+        "clip_norm": torch.tensor(2.0),
+    }
+    plain = {"epochs": 2, "batch_size": 16, "seed": 3, "patience": 5, "validation": 0.25, "lr": 0.01}
+    plain |= {"beta": 0.5, "warmup": 1, "clip_norm": 2.0}
+    ours, theirs = vae(), vae()
+    fit(ours, data(), **given, run_dir=tmp_path)
+    fit(theirs, data(), **plain)
+    assert torch.equal(weights(ours), weights(theirs))
+    fit(vae(), data(), **plain, run_dir=tmp_path, resume=True)
