@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch.distributed
 from torch import Tensor, nn
 
-__all__ = ["Averaging", "LostProcessError", "Processes", "join"]
+__all__ = ["SEEDS", "Averaging", "LostProcessError", "Processes", "join"]
 
 Result = TypeVar("Result")
 # Environment variables that torchrun, or another launcher for torch, sets.

@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 # The attribute of a pair that holds the seed of its next run, and that of its held-out share.
-SEEDS = "_seeds_of_fit"
+STORED_SEEDS = "_seeds_of_fit"
 Data: TypeAlias = Tensor | Sequence[Tensor] | AnyDataSet
 
 
@@ -179,14 +179,14 @@ def next_seeds(pair: Pair, seed: int | None) -> Seeds:
     Without a seed the run goes on from the pair's last one, with another order and other noise. The held-out share
     stays that of the pair's first run: its data were never trained on.
     """
-    run, first = vars(pair).get(SEEDS, (0, None))
+    run, first = vars(pair).get(STORED_SEEDS, (0, None))
     run = run if seed is None else seed
     return Seeds(run, run if first is None else first)
 
 
 def remember_seeds(pair: Pair, seeds: Seeds) -> None:
     """Store in the pair the seeds of the run after this one; a copy of the pair has them too."""
-    vars(pair)[SEEDS] = (derived_seed(seeds.run, "fit"), seeds.split)
+    vars(pair)[STORED_SEEDS] = (derived_seed(seeds.run, "fit"), seeds.split)
 
 
 def as_batch(data: Data) -> tuple[Tensor, ...]:
