@@ -12,7 +12,7 @@ import jinja2
 
 from pyro_vae.likelihood.estimate import likelihood_notes, likelihood_rows
 from pyro_vae.report.files import COLLAPSE, LIKELIHOOD, SCORES
-from pyro_vae.runtime.files import read_json, write_text
+from pyro_vae.runtime.files import read_json, read_json_lines, write_text
 
 __all__ = ["markdown_table", "write_report"]
 
@@ -29,7 +29,9 @@ def write_report(folder: Path) -> Path:
         ValueError: for a folder without a run, and for damaged files.
     """
     config = read_json(folder / "config.json")
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    if not isinstance(config.get("fit"), dict) or "loss" not in config["fit"]:
+        raise ValueError(f"{folder / 'config.json'} is damaged, or of another version: it holds no settings of fit")
+    metrics = _metrics(folder / "metrics.jsonl")
     stopped_early = metrics and config["fit"].get("patience") is not None
     text = _template().render(
         config=config,
@@ -37,7 +39,7 @@ def write_report(folder: Path) -> Path:
         metrics=metrics,
         best=min(metrics, key=lambda record: float(record["validation_loss"])) if stopped_early else None,
         likelihood=_likelihood(folder / LIKELIHOOD),
-        scores=[[name, f"{value:.4f}"] for name, value in (_read(folder / SCORES) or {}).items()],
+        scores=_scores(folder / SCORES),
         loss_terms=_loss_terms(folder / "loss_terms.json"),
         collapse=_collapse(folder / COLLAPSE, metrics),
         figures={path.stem for path in (folder / "figures").glob("*.png")},
@@ -77,6 +79,21 @@ def _read(path: Path) -> Record | None:
     return read_json(path) if path.exists() else None
 
 
+def _metrics(path: Path) -> list[Record]:
+    records = read_json_lines(path)
+    for i, record in enumerate(records, 1):
+        if missing := {"epoch", "seconds", "loss", "validation_loss", "beta", "monitor"} - set(record):
+            raise ValueError(f"line {i} of {path} is damaged, or of another version: it has no {min(missing)}")
+    return records
+
+
+def _scores(path: Path) -> list[list[str]]:
+    try:
+        return [[name, f"{value:.4f}"] for name, value in (_read(path) or {}).items()]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged, or of another version: train the run again") from error
+
+
 def _likelihood(path: Path) -> Record | None:
     if (record := _read(path)) is None:
         return None
@@ -89,10 +106,13 @@ def _likelihood(path: Path) -> Record | None:
 def _loss_terms(path: Path) -> Record | None:
     if (columns := _read(path)) is None:
         return None
-    rows = [
-        [name, *(f"{values[name][0]:.4f} ± {values[name][1]:.4f}" for values in columns.values())]
-        for name in next(iter(columns.values()))
-    ]
+    try:
+        rows = [
+            [name, *(f"{values[name][0]:.4f} ± {values[name][1]:.4f}" for values in columns.values())]
+            for name in next(iter(columns.values()))
+        ]
+    except (KeyError, IndexError, StopIteration, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged, or of another version: train the run again") from error
     return {"columns": list(columns), "rows": rows}
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["read_json", "write_text", "write_whole"]
+__all__ = ["read_json", "read_json_lines", "write_text", "write_whole"]
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
@@ -45,14 +45,34 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: for an absent file, and for one without a JSON object.
     """
+    return _object(_text(path), str(path))
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Read a file of one JSON object per line.
+
+    Raises:
+        ValueError: for an absent file, and for a line without a JSON object, with its number.
+    """
+    return [_object(line, f"line {i} of {path}") for i, line in enumerate(_text(path).splitlines(), 1)]
+
+
+def _text(path: Path) -> str:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ValueError(
             f"{path} does not exist: {path.parent} is no run folder, or its training never began"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def _object(text: str, place: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place} is damaged: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} is damaged: it holds no JSON object")
+        raise ValueError(f"{place} is damaged: it holds no JSON object")
     return value

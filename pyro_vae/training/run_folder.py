@@ -51,7 +51,7 @@ class RunFolder:
         held: dict[str, Any] = {}
         path = None if self.path is None else self.path / "config.json"
         if path is not None and path.exists():
-            held = self.processes.from_first(lambda: read_json(path)).get("fit", {})
+            held = self.processes.from_first(lambda: _fit_of(path))
         run = held.get("seed", 0)
         return Seeds(run if seed is None else seed, held.get("split_seed", run))
 
@@ -164,9 +164,10 @@ class RunFolder:
         write_text(self.path / "config.json", json.dumps(entries, indent=2) + "\n")
 
     def _check_same(self, before: dict[str, Any], model: str, identity: Identity, config: dict[str, Any]) -> None:
+        assert self.path is not None
         # Through JSON and back, like the saved ones.
         now, config = json.loads(json.dumps(identity.as_json())), json.loads(json.dumps(config))
-        held = before.get("fit", {})
+        held = _fit_of(self.path / "config.json")
         # Numbers are shown; the descriptions of data and optimiser are too long.
         changed = [
             k if isinstance(value, str) else f"{k} ({held.get(k)}, now {value})"
@@ -192,6 +193,14 @@ class RunFolder:
         self._unsaved = None
         end = time.perf_counter()
         self._next_save = end + (end - start) * (1 / SHARE_OF_SAVING - 1)
+
+
+def _fit_of(path: Path) -> dict[str, Any]:
+    """Return the settings of a run's config.json."""
+    held = read_json(path).get("fit", {})
+    if not isinstance(held, dict) or not all(isinstance(held.get(n, 0), int) for n in ("seed", "split_seed")):
+        raise ValueError(f"{path} is damaged: it holds no settings of fit")
+    return held
 
 
 def _remove(paths: set[Path]) -> None:
