@@ -52,8 +52,8 @@ class RunFolder:
         path = None if self.path is None else self.path / "config.json"
         if path is not None and path.exists():
             held = self.processes.from_first(lambda: _fit_of(path))
-        run = held.get("seed", 0)
-        return Seeds(run if seed is None else seed, held.get("split_seed", run))
+        run = held.get("seed", 0) if seed is None else seed
+        return Seeds(run, held.get("split_seed", run))
 
     def open(
         self, state: dict[str, Any], identity: Identity, config: dict[str, Any], *, resume: bool
