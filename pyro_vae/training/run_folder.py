@@ -48,10 +48,9 @@ class RunFolder:
 
     def seeds(self, seed: int | None) -> Seeds:
         """Return the seeds of the run to resume; a seed that is given must be its seed, which :meth:`open` checks."""
-        held: dict[str, Any] = {}
         path = None if self.path is None else self.path / "config.json"
-        if path is not None and path.exists():
-            held = self.processes.from_first(lambda: _fit_of(path))
+        # The first process alone reads: others may not see its files.
+        held = {} if path is None else self.processes.from_first(lambda: _fit_of(path) if path.exists() else {})
         run = held.get("seed", 0) if seed is None else seed
         return Seeds(run, held.get("split_seed", run))
 
