@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,8 +43,8 @@ def log_likelihood(
 
     L_K = log (1/K) Σ_k p(x, z_k) / q(z_k | x),   z_k ~ q(z | x);   E L_K ≤ log p(x), and E L_K rises with K
 
-    The pair runs in evaluation mode; the pair and the caller's random state are left as they were. Weights are
-    accumulated in float64.
+    The pair runs in evaluation mode; the pair and the caller's random state are left as they were. Log-densities are
+    summed over entries, sites and particles in float64.
 
     With a seed, a datum's estimate depends on the pair, the datum, its conditions, K and the seed only. It is bitwise
     the same for every ``memory``, number of processes and order of the data, and beside any other data. Compiled
@@ -123,16 +125,29 @@ class _Settings:
     run_dir: str | Path | None
     capture: Capture
 
+    def __post_init__(self) -> None:
+        for name in ("num_particles", "memory", "seed"):
+            object.__setattr__(self, name, _integer(name, getattr(self, name)))
+
     def check(self) -> None:
         check_capture(self.capture)
-        for name in ("num_particles", "memory", "seed"):
-            value = getattr(self, name)
-            if not (type(value) is int or (name == "seed" and value is None)):
-                raise ValueError(f"{name} is {value!r}; it must be an int: int({name})")
         if self.num_particles < 1:
             raise ValueError(f"num_particles is {self.num_particles}; it counts draws per datum and must be at least 1")
         if self.run_dir is not None and self.seed is None:
             raise ValueError("run_dir keeps the chunks of one seed, so that they can be continued: pass seed=0, say")
+
+
+def _integer(name: str, value: Any) -> int | None:
+    """Return an integer of any library, e.g. NumPy, as Python's; None is no seed."""
+    if name == "seed" and value is None:
+        return None
+    dtype = str(getattr(value, "dtype", ""))
+    if isinstance(value, bool) or "bool" in dtype or not hasattr(value, "__index__"):
+        raise ValueError(f"{name} is {value!r}; it must be an int: int({name})")
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise ValueError(f"{name} is {value!r}; it must be an int: int({name})") from error
 
 
 def _estimate(proposal: Proposal, batch: tuple[Tensor, ...], settings: _Settings) -> LogLikelihood:
@@ -142,7 +157,7 @@ def _estimate(proposal: Proposal, batch: tuple[Tensor, ...], settings: _Settings
     with evaluation(proposal.pair), own_random_state(0, device_of(proposal.pair)):
         num_scored = _num_scored(inspection, batch)
         saved = _saved(proposal, inspection, batch, settings)
-        parts = _summaries(_Estimator(proposal, batch, settings), settings, saved)
+        parts = _summaries(_Estimator(proposal, inspection, batch, settings), settings, saved)
     summary = WeightSummary(*(torch.cat(fields, -1) for fields in zip(*parts, strict=True)))
     return LogLikelihood(
         per_datum=summary.log_mean,
@@ -214,9 +229,11 @@ class _Estimator:
         ValueError: for a budget below one block.
     """
 
-    def __init__(self, proposal: Proposal, batch: tuple[Tensor, ...], settings: _Settings) -> None:
+    def __init__(
+        self, proposal: Proposal, inspection: Inspection, batch: tuple[Tensor, ...], settings: _Settings
+    ) -> None:
         self.proposal, self.batch, self.capture = proposal, batch, settings.capture
-        self.device = batch[0].device
+        self.device, self.rounding = batch[0].device, proposal.rounding(inspection)
         seed = fresh_seed() if settings.seed is None else settings.seed
         first, num_particles = single(batch, 0), settings.num_particles
         size, nbytes = block_size(lambda size: proposal.log_weights(first, size), num_particles, self.device)
@@ -270,7 +287,7 @@ class _Estimator:
         return summary
 
     def _weigh(self, rows: range, log_weights: LogWeights) -> WeightSummary:
-        stream = WeightStream(len(rows), self.blocks.num_particles, self.device)
+        stream = WeightStream(len(rows), self.blocks.num_particles, self.device, self.rounding)
         data = [single(self.batch, row) for row in rows]
         hashes = data_hashes(tuple(tensor[rows.start : rows.stop] for tensor in self.batch))
         for blocks in zip(*map(self.blocks.seeds, hashes), strict=True):

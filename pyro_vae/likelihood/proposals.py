@@ -12,8 +12,9 @@ from torch import Tensor
 
 from pyro_vae.pair.inspection import Inspection
 from pyro_vae.pair.pair import Pair
-from pyro_vae.pair.site import Site
-from pyro_vae.pair.trace import log_terms, run_model, trace_pair
+from pyro_vae.pair.site import ExactSite, Site, exact
+from pyro_vae.pair.trace import PairTrace, run_model, trace_pair
+from pyro_vae.pair.weights import Rounding, rounding_of
 
 __all__ = ["GuideProposal", "PriorProposal", "Proposal"]
 
@@ -33,7 +34,7 @@ class Proposal(abc.ABC):
 
     @abc.abstractmethod
     def log_weights(self, batch: tuple[Tensor, ...], num_particles: int) -> Tensor:
-        """Return log w of K fresh draws per datum, (K, B), in nats.
+        """Return log w of K fresh draws per datum, (K, B), in nats, in float64.
 
         Args:
             batch: ``x`` (B, …) and the pair's conditions.
@@ -51,6 +52,10 @@ class Proposal(abc.ABC):
         """
 
     @abc.abstractmethod
+    def rounding(self, inspection: Inspection) -> Rounding:
+        """Return the rounding of :meth:`log_weights`."""
+
+    @abc.abstractmethod
     def quantity(self, inspection: Inspection) -> str:
         """Return the name of the quantity that the weights estimate."""
 
@@ -65,19 +70,27 @@ class GuideProposal(Proposal):
     name = "guide"
 
     def log_weights(self, batch: tuple[Tensor, ...], num_particles: int) -> Tensor:
-        terms = log_terms(self.pair, *batch, num_particles=num_particles)
+        terms = self._trace(batch, num_particles).terms
         # A draw where the guide's density is infinite would count as impossible.
         return torch.where(terms.log_guide.isposinf(), math.nan, terms.log_weights)
 
     def site_log_densities(self, batch: tuple[Tensor, ...], num_particles: int) -> dict[str, Tensor]:
-        trace = trace_pair(self.pair, *batch, num_particles=num_particles)
+        trace = self._trace(batch, num_particles)
         return _described("guide", trace.guide) | _described("model", trace.model)
+
+    def rounding(self, inspection: Inspection) -> Rounding:
+        trace = inspection.trace
+        return rounding_of([*exact(trace.guide).values(), *exact(trace.model).values()])
 
     def quantity(self, inspection: Inspection) -> str:
         return inspection.quantity
 
     def beside(self, inspection: Inspection) -> str:
         return inspection.beside
+
+    def _trace(self, batch: tuple[Tensor, ...], num_particles: int) -> PairTrace:
+        trace = trace_pair(self.pair, *batch, num_particles=num_particles)
+        return PairTrace(exact(trace.guide), exact(trace.model), trace.data)
 
 
 class PriorProposal(Proposal):
@@ -91,14 +104,17 @@ class PriorProposal(Proposal):
     def site_log_densities(self, batch: tuple[Tensor, ...], num_particles: int) -> dict[str, Tensor]:
         return _described("model", self._observed(batch, num_particles))
 
+    def rounding(self, inspection: Inspection) -> Rounding:
+        return rounding_of(site for site in exact(inspection.trace.model).values() if site.is_observed)
+
     def quantity(self, inspection: Inspection) -> str:
         return inspection.prior_quantity
 
     def beside(self, inspection: Inspection) -> str:
         return inspection.prior_beside
 
-    def _observed(self, batch: tuple[Tensor, ...], num_particles: int) -> dict[str, Site]:
-        sites = run_model(self.pair, *batch, num_particles=num_particles)
+    def _observed(self, batch: tuple[Tensor, ...], num_particles: int) -> dict[str, ExactSite]:
+        sites = exact(run_model(self.pair, *batch, num_particles=num_particles))
         return {name: site for name, site in sites.items() if site.is_observed}
 
 

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from pyro_vae.pair.weights import Rounding
+
 __all__ = ["fit_pareto", "pareto_tail", "tail_size", "trust_threshold"]
 
 # The fit needs five tail weights; at this K they are a fifth of all.
@@ -75,7 +77,7 @@ def fit_pareto(excesses: Tensor) -> tuple[float, float]:
     return float(shrunk), float(scale)
 
 
-def pareto_tail(log_tail: Tensor, num_particles: int, dtype: torch.dtype) -> tuple[float, float]:
+def pareto_tail(log_tail: Tensor, num_particles: int, rounding: Rounding) -> tuple[float, float]:
     """Return k̂ of one datum's weights, and the change of the log of their tail's sum by smoothing.
 
     The M largest weights less the next one are fitted by a generalised Pareto distribution; smoothing puts its
@@ -84,7 +86,7 @@ def pareto_tail(log_tail: Tensor, num_particles: int, dtype: torch.dtype) -> tup
     Args:
         log_tail: the M + 1 largest log-weights, (M + 1,), nats.
         num_particles: K.
-        dtype: dtype that the log-weights were computed in.
+        rounding: of the log-weights.
 
     Returns:
         k̂, and log Σ smoothed − log Σ raw over the tail, in nats. Weights that are equal up to rounding have no tail:
@@ -100,8 +102,7 @@ def pareto_tail(log_tail: Tensor, num_particles: int, dtype: torch.dtype) -> tup
     top = float(ordered[-1])
     if not math.isfinite(top):
         return math.nan, 0.0
-    # Log-densities of hundreds of nats lose half their digits at worst when they are summed and subtracted.
-    if top - float(ordered[0]) <= torch.finfo(dtype).eps ** 0.5 * max(1.0, abs(top)):
+    if top - float(ordered[0]) <= rounding.nats(top):
         return -math.inf, 0.0
     # Below the smallest float the cutoff is that float: excesses keep their digits.
     cutoff = max(float(ordered[0]) - top, math.log(torch.finfo(torch.float64).tiny))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.likelihood.psis import pareto_tail, tail_size
-from pyro_vae.pair.weights import WeightSums
+from pyro_vae.pair.weights import Rounding, WeightSums
 
 __all__ = ["WeightStream", "WeightSummary"]
 
@@ -47,6 +47,7 @@ class WeightStream:
         num_data: B.
         num_particles: K, over all blocks.
         device: device of the weights.
+        rounding: of the log-weights; without it, that of one number in the dtype that they come in.
 
     >>> stream = WeightStream(2, 4, torch.device("cpu"))
     >>> stream.add(torch.zeros(3, 2)), stream.add(torch.zeros(1, 2))
@@ -55,8 +56,10 @@ class WeightStream:
     tensor([0., 0.], dtype=torch.float64)
     """
 
-    def __init__(self, num_data: int, num_particles: int, device: torch.device) -> None:
-        self.num_particles, self.dtype = num_particles, torch.float64
+    def __init__(
+        self, num_data: int, num_particles: int, device: torch.device, rounding: Rounding | None = None
+    ) -> None:
+        self.num_particles, self.rounding, self.dtype = num_particles, rounding, torch.float64
         tail, levels = tail_size(num_particles), num_particles.bit_length()
         nothing = torch.full((1, num_data), -math.inf, dtype=torch.float64, device=device)
         self.sums = nothing.repeat(2, 1)
@@ -103,7 +106,8 @@ class WeightStream:
         sums = WeightSums(first, second, self.num_particles)
         largest = self.largest.cpu()
         # A copy of each column, so that every datum's fit sees memory of the same layout.
-        fits = [pareto_tail(column.clone(), self.num_particles, self.dtype) for column in largest.mT]
+        rounding = self.rounding or Rounding(torch.finfo(self.dtype).eps)
+        fits = [pareto_tail(column.clone(), self.num_particles, rounding) for column in largest.mT]
         pareto_k, change = torch.tensor(fits, dtype=torch.float64).mT
         share = torch.exp(_log_sum(largest[:-1]) - first) if len(largest) else torch.zeros_like(first)
         # Σ smoothed = Σ w (1 + share (e^change − 1)): the weights below the tail stay as they are.

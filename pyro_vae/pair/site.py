@@ -6,6 +6,7 @@ Outside ``pyro_vae.pair``, read a :class:`Site` in place of Pyro's site dictiona
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +18,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import constraints
 
-__all__ = ["DATA", "PARTICLES", "Site", "bare", "is_point_mass", "scored_entries", "sites_of"]
+__all__ = ["DATA", "PARTICLES", "ExactSite", "Site", "bare", "exact", "is_point_mass", "scored_entries", "sites_of"]
 
 # Names of the two plates that a site's value and log-density are laid out by.
 PARTICLES, DATA = "particles", "data"
@@ -188,10 +189,9 @@ class Site:
             ValueError: for a site outside the data plate, and for a batch dimension that belongs to no plate.
         """
         self._check_data_plate()
-        leading = {self._dims[name] for name in self._leading()}
         log_prob = scale_and_mask(self.fn.log_prob(self.drawn), 1.0, self._node["mask"])
         self._check_batch_shape(log_prob.shape)
-        others = [dim for dim in range(-log_prob.dim(), 0) if dim not in leading]
+        others = self._other_dims(log_prob.dim())
         return log_prob.sum(others) if others else log_prob
 
     def check_plates(self) -> None:
@@ -277,6 +277,11 @@ class Site:
         changed = {"fn": self.fn if fn is None else fn, "value": self.drawn if drawn is None else drawn}
         return Site({**self._node, **changed})
 
+    def _other_dims(self, count: int) -> list[int]:
+        """Return the dimensions among ``count`` batch dimensions that belong to neither particles nor data."""
+        leading = {self._dims[name] for name in self._leading()}
+        return [dim for dim in range(-count, 0) if dim not in leading]
+
     def _leading(self) -> tuple[str, ...]:
         return tuple(name for name in (PARTICLES, DATA) if name in self._dims)
 
@@ -304,6 +309,57 @@ class Site:
         for name, dim in self._dims.items():
             shape[dim] = self._sizes[name]
         return shape
+
+
+class ExactSite(Site):
+    """A site whose log-density is summed in float64 over the entries that its distribution scores one by one.
+
+    A joint density, e.g. of a multivariate Gaussian, is one entry.
+
+    >>> import torch, pyro, pyro.distributions as dist
+    >>> def program():
+    ...     with pyro.plate("data", 2):
+    ...         pyro.sample("z", dist.Normal(torch.zeros(2, 4), 1.0).to_event(1))
+    >>> (z,) = exact(sites_of(pyro.poutine.trace(program).get_trace())).values()
+    >>> z.log_prob.dtype, z.num_entries, z.entry_size
+    (torch.float64, 4, 1)
+    """
+
+    @cached_property
+    def _entries(self) -> tuple[Tensor, int]:
+        """Log-densities of the entries, masked, in the program's order, and the number of their event dimensions."""
+        self._check_data_plate()
+        entries, count = _entry_log_probs(self.fn, self.drawn)
+        return _masked(entries, self._node["mask"], count), count
+
+    @cached_property
+    def log_prob(self) -> Tensor:
+        """As :attr:`Site.log_prob`, summed in float64."""
+        entries, count = self._entries
+        batch = entries.shape[: entries.dim() - count]
+        self._check_batch_shape(batch)
+        summed = [*(dim - count for dim in self._other_dims(len(batch))), *range(-count, 0)]
+        return entries.sum(summed, dtype=torch.float64) if summed else entries.double()
+
+    @property
+    def entry_dtype(self) -> torch.dtype:
+        """The dtype that entries are scored in."""
+        return self._entries[0].dtype
+
+    @property
+    def num_entries(self) -> int:
+        """Entries per particle and datum."""
+        return max(1, self._entries[0].numel() // max(1, self.log_prob.numel()))
+
+    @property
+    def entry_size(self) -> int:
+        """Numbers that one entry scores: 1, or more for a joint density."""
+        return max(1, math.prod(self.value.shape[len(self._leading()) :]) // self.num_entries)
+
+
+def exact(sites: Mapping[str, Site]) -> dict[str, ExactSite]:
+    """Return the same sites as :class:`ExactSite`, for evaluation: training sums in the parameters' dtype."""
+    return {name: ExactSite(site._node) for name, site in sites.items()}
 
 
 def sites_of(trace: Trace) -> dict[str, Site]:
@@ -373,3 +429,21 @@ def bare(distribution: Any) -> Any:
 def is_point_mass(distribution: Any) -> bool:
     """Return whether a distribution is a ``Delta``, wrapped or not."""
     return isinstance(bare(distribution), Delta)
+
+
+def _entry_log_probs(distribution: Any, value: Tensor) -> tuple[Tensor, int]:
+    """Return log-densities before a wrapper sums them over the event, and how many dimensions it would sum."""
+    if type(distribution) not in WRAPPERS or getattr(distribution, "_mask", None) is False:
+        return distribution.log_prob(value), 0
+    entries, count = _entry_log_probs(distribution.base_dist, value)
+    if isinstance(distribution, torch.distributions.Independent):
+        return entries, count + distribution.reinterpreted_batch_ndims
+    if isinstance(distribution, MaskedDistribution):
+        return _masked(entries, distribution._mask, count), count
+    batch = torch.broadcast_shapes(distribution.batch_shape, value.shape[: value.dim() - distribution.event_dim])
+    return entries.expand(*batch, *entries.shape[entries.dim() - count :]), count
+
+
+def _masked(entries: Tensor, mask: Any, count: int) -> Tensor:
+    """Mask entries with ``count`` event dimensions by a mask of the batch."""
+    return scale_and_mask(entries, 1.0, mask[(..., *(None,) * count)] if isinstance(mask, Tensor) else mask)
