@@ -52,7 +52,7 @@ def test_a_run_from_training_to_report(capsys: pytest.CaptureFixture[str]) -> No
         with Image.open(f"run/figures/{name}.png") as image:
             assert image.width > 300
     assert "closed, convex" in report
-    assert "depends on that site's unit" in report
+    assert "depends on the unit of each site" in report
     record = json.loads(Path("run/log_likelihood.json").read_text())
     assert record["num_particles"] == 3
     assert "bits_per_dimension" not in record

@@ -34,7 +34,8 @@ def test_flags_are_restored_one_by_one_also_after_an_error(training: bool) -> No
 
     with pytest.raises(KeyError):
         fail()
-    assert set(seen) == {training}
+    # A layer in evaluation mode inside a pair in training mode was put there on purpose, and stays.
+    assert seen == (before if training else [False] * len(before))
     assert flags(pair) == before
 
 

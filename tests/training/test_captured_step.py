@@ -260,7 +260,7 @@ def test_an_average_sees_the_gradient_of_the_sum() -> None:
             seen.append((float(total), size, [None if p.grad is None else p.grad.clone() for p in pair.parameters()]))
             return total, size
 
-        step = make(pair, elbo, torch.optim.SGD(pair.parameters(), lr=0.1), average=average)
+        step = make(pair, Trace_ELBO(), torch.optim.SGD(pair.parameters(), lr=0.1), average=average)
         torch.manual_seed(0)
         loss = step(binary(6, 5), beta=0.5)
         assert loss == pytest.approx(seen[0][0] / 6, rel=1e-12)
