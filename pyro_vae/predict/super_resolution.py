@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from pyro_vae.pair.checks import check_tensor, refuse_outside
@@ -11,7 +14,9 @@ from pyro_vae.pair.modes import drawing
 from pyro_vae.pair.observed import find_x
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.trace import run_model, run_program
+from pyro_vae.pair.weights import weight_sums
 from pyro_vae.predict.generate import placeholder_for
+from pyro_vae.runtime.random_state import derived_seed, own_random_state
 
 __all__ = ["SuperResolution", "super_resolve"]
 
@@ -19,10 +24,13 @@ __all__ = ["SuperResolution", "super_resolve"]
 class SuperResolution(NamedTuple):
     """High-resolution images.
 
+    The draws are those of the guide, ∫ p(x | y, z) p(z | y, u) q(u | y) dz du. They are draws from p(x | y) only if
+    q(u | y) is the posterior p(u | y). Else weight draw k by ``log_weights.softmax(0)[k]``.
+
     Args:
-        samples: draws from p(x | y), (K, B, …).
+        samples: unweighted draws of the guide's u, then of the model, (K, B, …).
         means: E[x | y, z_k], (K, B, …).
-        spread: standard deviation of the draws at each pixel, (B, …).
+        spread: standard deviation of ``samples`` at each pixel, with divisor K − 1, (B, …); NaN for K = 1.
         log_weights: log p(y, u) − log q(u | y), (K, B), in nats.
     """
 
@@ -30,6 +38,32 @@ class SuperResolution(NamedTuple):
     means: Tensor
     spread: Tensor
     log_weights: Tensor
+
+    @property
+    def ess(self) -> Tensor:
+        """Effective number of draws from p(x | y), (B,), between 1 and K; near K if q(u | y) is near p(u | y)."""
+        return weight_sums(self.log_weights.double()).ess
+
+    def resample(self, num_draws: int, *, seed: int | None = None) -> Tensor:
+        """Choose among ``samples`` with replacement by their weights, (num_draws, B, …).
+
+        The choices follow p(x | y) as K rises. Do not ask for many more than ``ess``: they repeat each other.
+
+        Args:
+            num_draws: number of choices for each y.
+            seed: of the choices; fresh entropy without one.
+
+        Raises:
+            ValueError: for ``num_draws`` < 1, and for weights that are not finite.
+        """
+        num_draws = operator.index(num_draws)
+        if num_draws < 1:
+            raise ValueError(f"num_draws is {num_draws}; it must be at least 1")
+        if not self.log_weights.logsumexp(0).isfinite().all():
+            raise ValueError("the weights of a y are all zero, infinite or NaN, and choose no draw: train the guide")
+        with own_random_state(None if seed is None else derived_seed(seed, "resample"), self.log_weights.device):
+            chosen = self.log_weights.softmax(0).mT.multinomial(num_draws, replacement=True).mT
+        return self.samples[chosen, torch.arange(chosen.shape[1], device=chosen.device)]
 
 
 def super_resolve(pair: Pair, y: Tensor, *, num_samples: int = 16, seed: int | None = None) -> SuperResolution:
@@ -41,7 +75,8 @@ def super_resolve(pair: Pair, y: Tensor, *, num_samples: int = 16, seed: int | N
         pair: a pair with a ``low_resolution_guide`` and a site ``y``, such as SRVAE.
         y: (B, C, h, w).
         num_samples: K, draws for each y.
-        seed: of the draws; fresh entropy without one.
+        seed: of the draws; fresh entropy without one. Calls with one seed share their noise: pass different seeds to
+            calls whose results you combine.
 
     Returns:
         :class:`SuperResolution`.
@@ -54,6 +89,7 @@ def super_resolve(pair: Pair, y: Tensor, *, num_samples: int = 16, seed: int | N
     y_shape: Any = pair.y_shape
     if tuple(y.shape[1:]) != tuple(y_shape):
         raise ValueError(f"y has shape {tuple(y.shape)}; the pair's low resolution is {tuple(y_shape)}")
+    num_samples = operator.index(num_samples)
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}; it must be at least 1")
     if len(y) == 0:
@@ -70,4 +106,6 @@ def super_resolve(pair: Pair, y: Tensor, *, num_samples: int = 16, seed: int | N
         refuse_outside(model["y"], y, "y")
         x = model[name_of_x]
         log_weights: Any = sum(model[name].log_prob for name in values) - sum(s.log_prob for s in guide.values())
-        return SuperResolution(x.drawn, x.fn.mean, x.drawn.std(0, correction=0), log_weights)
+        # One draw has no spread; torch would warn.
+        spread = x.drawn.std(0) if num_samples > 1 else torch.full_like(x.drawn[0], math.nan)
+        return SuperResolution(x.drawn, x.fn.mean, spread, log_weights)
