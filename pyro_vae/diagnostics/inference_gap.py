@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any, NamedTuple
 
 import pyro.distributions as dist
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal, Normal
 
+from pyro_vae.likelihood.psis import trust_threshold
 from pyro_vae.likelihood.weights import WeightStream
 from pyro_vae.pair.inspection import inspect
 from pyro_vae.pair.modes import chunks, drawing, to_pair
@@ -24,20 +26,23 @@ __all__ = ["InferenceGap", "inference_gap"]
 SLICE, STEP_PARTICLES = 50, 8
 # Adam's first step, in units of the guide's scale; it falls to zero along a half cosine.
 FIRST_STEP = 0.1
+# Latents of one datum up to which a full covariance is fitted: more take more memory than the draws.
+MOST_LATENTS = 128
 
 
 class InferenceGap(NamedTuple):
     """log p(x) − ELBO per datum and its two parts, each (B,), in nats.
 
     Args:
-        log_likelihood: estimate of log p(x), with the best member of the guide's family as proposal.
+        log_likelihood: estimate of log p(x). The proposal is a Gaussian over all latents with full covariance, fitted
+            to each datum. Above 128 latents, and under masks, it is the best member of the guide's family.
         best_elbo: ELBO of that member.
         elbo: ELBO of the guide.
         approximation: log p(x) − ``best_elbo``.
-        approximation_error: its Monte Carlo error.
+        approximation_error: its Monte Carlo error; ∞ where ``pareto_k`` is too large to know it, NaN for K < 25.
         amortisation: ``best_elbo`` − ``elbo``.
         amortisation_error: its Monte Carlo error.
-        pareto_k: of the best member's weights. If it is too large, trust neither ``log_likelihood`` nor
+        pareto_k: of the weights behind ``log_likelihood``. Above min(1 − 1/log10 K, 0.7) trust neither it nor
             ``approximation``; see :class:`~pyro_vae.LogLikelihood`.
     """
 
@@ -59,7 +64,11 @@ class InferenceGap(NamedTuple):
                 ("amortisation", self.amortisation, self.amortisation_error),
             )
         ]
-        return f"log p(x) − ELBO in nats (mean over {count} data ± Monte Carlo error): {', '.join(parts)}"
+        text = f"log p(x) − ELBO in nats (mean over {count} data ± Monte Carlo error): {', '.join(parts)}"
+        text += f"; largest k̂ {float(self.pareto_k.max()):.2f}"
+        if unknown := int(self.approximation_error.isinf().sum()):
+            text += f"; the approximation gap of {unknown} data is unknown (k̂): raise num_particles, or anneal them"
+        return text
 
 
 def inference_gap(
@@ -72,12 +81,16 @@ def inference_gap(
     The first part is due to the guide's family, the second to its encoder. Gradient ascent on each datum's means and
     scales, from the guide's, finds q*. The gradient leaves out the score term: it has no noise at the posterior.
 
+    A q* that misses correlations is too narrow a proposal for log p(x). A Gaussian with full covariance is therefore
+    fitted in the same way, from q*, and log p(x) is estimated with draws from it.
+
     Args:
         pair: any pair whose guide is Gaussian or a point mass at every site, given x alone.
         batch: ``x`` (B, …) and the pair's conditions.
-        num_particles: K, draws for each of the three bounds.
-        steps: number of steps of the ascent.
-        seed: of the draws; fresh entropy without one.
+        num_particles: K, draws for each of the three estimates.
+        steps: number of steps of each ascent.
+        seed: of the draws; fresh entropy without one. Calls with one seed share their noise: pass different seeds to
+            calls whose errors you combine.
 
     Returns:
         :class:`InferenceGap`.
@@ -96,6 +109,7 @@ def inference_gap(
     True
     """
     inspect(pair, batch)
+    num_particles, steps = operator.index(num_particles), operator.index(steps)
     if num_particles < 2 or steps < 1:
         raise ValueError(f"num_particles is {num_particles}, steps {steps}: they must be at least 2 and 1")
     with drawing(pair, seed):
@@ -105,25 +119,32 @@ def inference_gap(
 
 def _split(pair: Pair, batch: tuple[Tensor, ...], num_particles: int, steps: int) -> InferenceGap:
     family = _Family(pair, batch)
-    family.improve(steps)
+    _ascend(family, steps)
+    joint = _joint(family)
+    if joint is not None:
+        _ascend(joint, steps)
     weights = WeightStream(len(batch[0]), num_particles, batch[0].device)
     best, guide = [], []
     for begin in range(0, num_particles, SLICE):
         size = min(SLICE, num_particles - begin)
         best.append(family.log_weights(size).double())
-        weights.add(best[-1])
+        weights.add(best[-1] if joint is None else joint.log_weights(size).double())
         guide.append(log_terms(pair, *batch, num_particles=size).log_weights.double())
     best_weights, guide_weights = torch.cat(best), torch.cat(guide)
     summary = weights.summary()
     best_elbo, elbo = best_weights.mean(0), guide_weights.mean(0)
     best_error, error = (each.std(0) / math.sqrt(num_particles) for each in (best_weights, guide_weights))
     log_likelihood = summary.log_mean.to(best_elbo.device)
+    threshold = trust_threshold(num_particles)
+    # Weights without a k̂ do not tell their error.
+    trusted = torch.where(summary.pareto_k > threshold, math.inf, summary.standard_error)
+    trusted = torch.where(summary.pareto_k.isnan(), math.nan, trusted)
     return InferenceGap(
         log_likelihood,
         best_elbo,
         elbo,
         log_likelihood - best_elbo,
-        torch.hypot(summary.standard_error.to(best_error.device), best_error),
+        torch.hypot(trusted.to(best_error.device), best_error),
         best_elbo - elbo,
         torch.hypot(best_error, error),
         summary.pareto_k,
@@ -182,22 +203,78 @@ class _Family:
         log_joint: Any = sum(site.log_prob for site in model.values())
         return log_joint - log_guide
 
-    def improve(self, steps: int) -> None:
-        """Maximise the ELBO of all data at once; they share no parameter, and Adam scales each separately."""
-        parameters = [p for member in self.members.values() for p in (member.shift, member.stretch)]
-        if not parameters:
-            return
-        # Near its maximum the ELBO curves by about one nat per squared scale of the guide. With ``eps`` equal to the
-        # first step, Adam is plain ascent with a unit step there; a smaller ``eps`` turns rounding into steps of 0.05.
-        optimizer = torch.optim.Adam(parameters, lr=FIRST_STEP, eps=FIRST_STEP)
-        for step in range(steps):
-            optimizer.param_groups[0]["lr"] = FIRST_STEP * (1 + math.cos(math.pi * step / steps)) / 2
-            with torch.enable_grad():
-                loss = -self.log_weights(STEP_PARTICLES).mean(0).sum()
-                gradients = torch.autograd.grad(loss, parameters)
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient
-            optimizer.step()
+    @property
+    def parameters(self) -> list[Tensor]:
+        """Means and scales of all members."""
+        return [p for member in self.members.values() for p in (member.shift, member.stretch)]
+
+
+class _Joint:
+    """A Gaussian with full covariance over all latents of each datum, (B, L), begun at the best member."""
+
+    def __init__(self, family: _Family) -> None:
+        self.family = family
+        locs, scales = [], []
+        for name, member in family.members.items():
+            site, base = family.sites[name], member.distribution(fixed=True)
+            locs.append(site.lay_out(base.mean)[0].reshape(len(family.batch[0]), -1))
+            scales.append(site.lay_out(base.stddev)[0].reshape(len(family.batch[0]), -1))
+        self.loc, self.scale = torch.cat(locs, -1).detach(), torch.cat(scales, -1).detach()
+        self.shift = torch.zeros_like(self.loc).requires_grad_()
+        self.stretch = self.loc.new_zeros(*self.loc.shape, self.loc.shape[-1]).requires_grad_()
+        self.parameters = [self.shift, self.stretch]
+
+    def log_weights(self, num_particles: int) -> Tensor:
+        """Return log p(x, z) − log q(z), (K, B), with fixed parameters in the density of q."""
+        draws = self._distribution(self.shift, self.stretch).rsample((num_particles,))
+        family, begin = self.family, 0
+        values = dict(family.fixed)
+        for name, site in family.sites.items():
+            shape = site.value.shape[1:]
+            end = begin + math.prod(shape[1:])
+            values[name] = site.as_drawn(draws[..., begin:end].reshape(num_particles, *shape))
+            begin = end
+        model = run_model(family.pair, *family.batch, num_particles=num_particles, values=values)
+        log_joint: Any = sum(site.log_prob for site in model.values())
+        return log_joint - self._distribution(self.shift.detach(), self.stretch.detach()).log_prob(draws)
+
+    def _distribution(self, shift: Tensor, stretch: Tensor) -> Any:
+        factor = stretch.tril(-1) + torch.diag_embed(stretch.diagonal(dim1=-2, dim2=-1).exp())
+        return dist.MultivariateNormal(self.loc + self.scale * shift, scale_tril=self.scale.unsqueeze(-1) * factor)
+
+
+def _joint(family: _Family) -> _Joint | None:
+    """Return a start for the full covariance; None if the best member has one, for many latents, and under masks."""
+    members = list(family.members.values())
+    latents = sum(math.prod(site.value.shape[2:]) for site in family.sites.values())
+    if not members or latents > MOST_LATENTS or latents == 1:
+        return None
+    if len(members) == 1 and members[0].full and members[0].loc.shape[-1] == latents:
+        return None
+    for site in family.sites.values():
+        entries = site.lay_out(site.bare.log_prob(site.drawn), site.fn.event_dim - len(site.bare.event_shape))
+        # A mask takes entries out of the density that a Gaussian over all latents would count.
+        if not torch.allclose(entries.flatten(2).sum(-1) if entries.dim() > 2 else entries, site.log_prob):
+            return None
+    return _Joint(family)
+
+
+def _ascend(family: _Family | _Joint, steps: int) -> None:
+    """Maximise the ELBO of all data at once; they share no parameter, and Adam scales each separately."""
+    parameters = family.parameters
+    if not parameters:
+        return
+    # Near its maximum the ELBO curves by about one nat per squared scale of the guide. With ``eps`` equal to the
+    # first step, Adam is plain ascent with a unit step there; a smaller ``eps`` turns rounding into steps of 0.05.
+    optimizer = torch.optim.Adam(parameters, lr=FIRST_STEP, eps=FIRST_STEP)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = FIRST_STEP * (1 + math.cos(math.pi * step / steps)) / 2
+        with torch.enable_grad():
+            loss = -family.log_weights(STEP_PARTICLES).mean(0).sum()
+            gradients = torch.autograd.grad(loss, parameters)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
 
 
 def _check_member(site: Site) -> None:
