@@ -7,6 +7,7 @@ import math
 import numpy
 import pyro
 import pyro.distributions as dist
+import pytest
 import torch
 from torch import Tensor
 
@@ -109,3 +110,61 @@ def test_the_gap_of_a_heavy_tailed_posterior_is_called_unknown_or_is_covered() -
     assert covered.float().mean() > 0.85
     assert "unknown" in repr(gap)
     assert "largest k̂" in repr(gap)
+
+
+# Annealing
+
+
+class Bimodal(pv.Pair):
+    """z ~ N(0, 1), seen as z² ± 0.2: two modes, at ±√x, of which the guide knows one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x_shape = ()
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z.square(), 0.2), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.sqrt(), 0.1))
+
+
+def bimodal_truth() -> float:
+    """log p(x = 2) by quadrature."""
+    grid = torch.linspace(-8, 8, 20_001)
+    density = dist.Normal(0.0, 1.0).log_prob(grid) + dist.Normal(grid**2, 0.2).log_prob(torch.tensor(2.0))
+    return float(torch.logsumexp(density, 0) + math.log(float(grid[1] - grid[0])))
+
+
+@pytest.mark.parametrize("chains", [4, 16])
+def test_annealing_covers_a_bimodal_posterior_or_says_it_does_not_know(chains: int) -> None:
+    x = torch.full((1000,), 2.0)
+    annealed = pv.annealed_log_likelihood(
+        Bimodal(), x, num_temperatures=40, num_chains=numpy.int64(chains), leapfrog_steps=3, seed=1
+    )
+    misses = (annealed.per_datum - bimodal_truth()).abs() > 1.96 * annealed.standard_error
+    known = annealed.standard_error.isfinite()
+    # Four standard errors of a binomial share of 0.05 in 1000 trials.
+    assert float(misses.double().mean()) <= 0.05 + 4 * (0.05 * 0.95 / 1000) ** 0.5
+    # Sixteen chains mostly know their error; with four, most weight lies on one or two.
+    assert float(known.double().mean()) > 0.8 if chains == 16 else not known.any()
+    assert not annealed.disagrees.any()
+    assert "effective chains" in repr(annealed)
+
+
+def test_annealing_from_a_guide_that_misses_a_mode_says_so() -> None:
+    x = torch.full((40,), 2.0)
+    annealed = pv.annealed_log_likelihood(
+        Bimodal(), x, start="guide", num_temperatures=100, num_chains=16, leapfrog_steps=3, seed=1
+    )
+    short = bimodal_truth() - annealed.per_datum
+    # One of two equal modes: log 2 is missing.
+    assert ((short - math.log(2)).abs() < 0.1).all()
+    covered = short <= 1.96 * annealed.standard_error
+    assert float(covered.double().mean()) > 0.8
+    assert annealed.disagrees.any()
+    assert annealed.mean_monte_carlo_error == math.inf
+    assert "use start='prior'" in repr(annealed)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+from scipy.stats import t as student
 from torch import Tensor
 
 from pyro_vae.likelihood.ais.hmc import HMC, tuned_steps
@@ -16,7 +18,7 @@ from pyro_vae.likelihood.ais.temperatures import Schedule, sigmoidal_schedule
 from pyro_vae.pair.inspection import inspect
 from pyro_vae.pair.modes import device_of, evaluation
 from pyro_vae.pair.pair import Pair
-from pyro_vae.pair.weights import weight_sums
+from pyro_vae.pair.weights import WeightSums, weight_sums
 from pyro_vae.predict.generate import generate
 from pyro_vae.runtime.random_state import own_random_state
 
@@ -29,19 +31,32 @@ __all__ = [
 
 # Chains side by side at most: the states, gradients and decoded means of all of them are in memory.
 CHAINS = 4096
+# Two-sided 95 % of a normal distribution.
+NORMAL_95 = 0.975, 1.96
+# With fewer effective chains than this the spread of the weights does not tell the error.
+FEWEST_EFFECTIVE = 4.0
+# Estimates from the guide and from the prior disagree if they differ by this many errors.
+DISAGREEMENT = 3.0
 
 
 class AnnealedLogLikelihood(NamedTuple):
     """Annealed estimate of ``quantity`` per datum, in nats.
 
+    ``per_datum`` ± 1.96 ``standard_error`` is meant to cover the quantity with a probability of 95 %, provided that
+    chains reach every mode of the posterior. No error tells of a mode that no chain has reached.
+
     Args:
         per_datum: the estimate, in expectation at most the quantity, (B,).
-        standard_error: its Monte Carlo error by the delta method, (B,); NaN for one chain.
+        standard_error: its Monte Carlo error, (B,). By the delta method, widened by Student's quantile at the
+            effective number of chains less one, and by an excess of the prior's chains. ∞ below 4 effective chains
+            that are not all of them, and where ``disagrees``; NaN for one chain.
         ess: effective number of chains, (B,).
         acceptance: mean acceptance probability of the transitions, (B,).
         num_chains: C.
         num_temperatures: T.
         quantity: name of the quantity, e.g. "log p(x)".
+        disagrees: whether as many chains from the prior gave a larger estimate by three errors of both, (B,); False
+            with ``start="prior"``.
     """
 
     per_datum: Tensor
@@ -51,18 +66,34 @@ class AnnealedLogLikelihood(NamedTuple):
     num_chains: int
     num_temperatures: int
     quantity: str
+    disagrees: Tensor
 
     @property
     def mean(self) -> float:
         """The data's mean."""
         return float(self.per_datum.mean())
 
+    @property
+    def mean_monte_carlo_error(self) -> float:
+        """Monte Carlo error of the mean; ∞ or NaN if that of a datum is."""
+        return float(self.standard_error.square().sum().sqrt() / len(self.standard_error))
+
     def __repr__(self) -> str:
-        return (
-            f"{self.quantity} = {self.mean:.3f} nats by annealing (mean over {len(self.per_datum)} data; "
-            f"{self.num_chains} chains of {self.num_temperatures} temperatures, acceptance "
-            f"{float(self.acceptance.mean()):.2f})"
-        )
+        count = len(self.per_datum)
+        lines = [
+            f"{self.quantity} = {self.mean:.3f} ± {self.mean_monte_carlo_error:.3f} nats by annealing (mean over "
+            f"{count} data ± Monte Carlo error; {self.num_chains} chains of {self.num_temperatures} temperatures, "
+            f"acceptance {float(self.acceptance.mean()):.2f}, effective chains: median {float(self.ess.median()):.1f}, "
+            f"least {float(self.ess.min()):.1f})"
+        ]
+        if unknown := int((self.standard_error.isinf() & ~self.disagrees).sum()):
+            lines.append(
+                f"  too few chains carry the weight of {unknown} data to know their error: raise num_chains or "
+                "num_temperatures"
+            )
+        if missed := int(self.disagrees.sum()):
+            lines.append(f"  chains from the prior give more for {missed} data: use start='prior'")
+        return "\n".join(lines)
 
 
 class BidirectionalLogLikelihood(NamedTuple):
@@ -117,6 +148,10 @@ def annealed_log_likelihood(
     Between the terms z moves by Hamiltonian Monte Carlo at β_t. A pilot run with other draws tunes the step sizes to
     accept 0.65 of the proposals. They are frozen afterwards, which keeps E w = p(x) exact.
 
+    Chains from a guide may miss a mode that it does not cover. With ``start="guide"`` as many chains are therefore
+    annealed from the prior too, at twice the cost, and ``disagrees`` says where they give more. The prior's chains may
+    miss a narrow mode as well, which nothing here detects.
+
     Args:
         pair: any pair whose latent sites are real-valued, except those that the guide fixes to a point mass.
         batch: ``x`` (B, …) and the pair's conditions.
@@ -125,7 +160,8 @@ def annealed_log_likelihood(
         start: p_0.
         schedule: the inverse temperatures.
         leapfrog_steps: per transition.
-        seed: of the draws; fresh entropy without one.
+        seed: of the draws; fresh entropy without one. Calls with one seed share their noise: pass different seeds to
+            calls whose errors you combine.
         progress: called with data done and data in all.
 
     Returns:
@@ -144,25 +180,24 @@ def annealed_log_likelihood(
     torch.Size([2])
     """
     quantity = inspect(pair, batch).quantity
+    num_temperatures, num_chains = operator.index(num_temperatures), operator.index(num_chains)
     betas = _check(num_temperatures, num_chains, leapfrog_steps, start, schedule)
     parts = []
     with _drawing(pair, batch, seed):
         for chunk in _chunks(pair, batch, num_chains):
-            path = AnnealingPath(pair, chunk, num_chains, start)
-            sampler = HMC(path, leapfrog_steps)
-            steps = tuned_steps(sampler, path.draw(), betas)
-            parts.append((_forward(sampler, path.draw(), betas, steps), sampler.acceptance))
+            log_weights, acceptance = _annealed(AnnealingPath(pair, chunk, num_chains, start), leapfrog_steps, betas)
+            error = _error(weight_sums(log_weights))
+            disagrees = torch.zeros_like(error, dtype=torch.bool)
+            if start == "guide":
+                other, _ = _annealed(AnnealingPath(pair, chunk, num_chains, "prior"), leapfrog_steps, betas)
+                error, disagrees = _compared(error, weight_sums(log_weights), weight_sums(other))
+            parts.append((log_weights, acceptance, error, disagrees))
             if progress is not None:
                 progress(sum(part[0].shape[1] for part in parts), len(batch[0]))
-    sums = weight_sums(torch.cat([part[0] for part in parts], 1).cpu())
+    log_weights, acceptance, error, disagrees = (torch.cat(fields, -1).cpu() for fields in zip(*parts, strict=True))
+    sums = weight_sums(log_weights)
     return AnnealedLogLikelihood(
-        sums.log_mean,
-        sums.standard_error,
-        sums.ess,
-        torch.cat([part[1] for part in parts]).cpu(),
-        num_chains,
-        num_temperatures,
-        quantity,
+        sums.log_mean, error, sums.ess, acceptance, num_chains, num_temperatures, quantity, disagrees
     )
 
 
@@ -208,6 +243,7 @@ def bidirectional_log_likelihood(
     """
     if not 0 < delta < 1:
         raise ValueError(f"delta is {delta}; the probability of a miss lies between 0 and 1")
+    num_temperatures, num_chains = operator.index(num_temperatures), operator.index(num_chains)
     betas = _check(num_temperatures, num_chains, leapfrog_steps, start, schedule)
     device = device_of(pair)
     with own_random_state(seed, device):
@@ -229,6 +265,40 @@ def bidirectional_log_likelihood(
             upper.append(math.log(num_chains) - torch.logsumexp(-backward, 0))
     below, above, width = torch.cat(lower).cpu(), torch.cat(upper).cpu(), math.log(2 / delta)
     return BidirectionalLogLikelihood(simulated.x, below, above, below - width, above + width, delta, quantity)
+
+
+def _annealed(path: AnnealingPath, leapfrog_steps: int, betas: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log-weights (C, B) of a forward run with tuned steps, and its acceptance (B,)."""
+    sampler = HMC(path, leapfrog_steps)
+    steps = tuned_steps(sampler, path.draw(), betas)
+    return _forward(sampler, path.draw(), betas, steps), sampler.acceptance
+
+
+def _error(sums: WeightSums) -> Tensor:
+    """Return an error of the log-mean, (B,), whose 1.96-fold covers as often as a normal one would."""
+    if sums.num_weights == 1:
+        return sums.standard_error
+    # A few large weights estimate their own spread: Student's quantile has as many degrees as they leave.
+    probability, normal = NORMAL_95
+    degrees = (sums.ess - 1).clamp(min=1).cpu().numpy()
+    widened = sums.standard_error * torch.from_numpy(student.ppf(probability, degrees)).to(sums.ess) / normal
+    # Equal weights know their mean, however few they are.
+    unknown = (sums.ess < FEWEST_EFFECTIVE) & (sums.ess < 0.99 * sums.num_weights)
+    return torch.where(unknown, math.inf, widened)
+
+
+def _compared(error: Tensor, guide: WeightSums, prior: WeightSums) -> tuple[Tensor, Tensor]:
+    """Return the error of a run from the guide, beside one from the prior, and where the prior's gives too much.
+
+    An excess above one error of both widens the error, since a mode may be missed. An excess of three makes it ∞.
+    """
+    excess = prior.log_mean - guide.log_mean
+    both = torch.hypot(guide.standard_error, prior.standard_error).nan_to_num(nan=math.inf)
+    # Equal weights have an error of rounding only.
+    both = both + 1e-6 * guide.log_mean.abs().clamp(min=1)
+    disagrees = excess > DISAGREEMENT * both
+    error = torch.where(excess > both, torch.hypot(error, excess), error)
+    return torch.where(disagrees, math.inf, error), disagrees
 
 
 def _forward(sampler: HMC, z: Tensor, betas: Tensor, steps: Tensor) -> Tensor:
