@@ -168,3 +168,15 @@ def test_annealing_from_a_guide_that_misses_a_mode_says_so() -> None:
     assert annealed.disagrees.any()
     assert annealed.mean_monte_carlo_error == math.inf
     assert "use start='prior'" in repr(annealed)
+
+
+# Imputation
+
+
+def test_an_imputation_states_its_effective_candidates_and_its_bias() -> None:
+    pair, x = pv.models.LinearGaussianVAE(3, 1), torch.randn(2, 3)
+    result = pv.impute(
+        pair, x, torch.tensor([True, True, False]), num_samples=numpy.int64(4), num_particles=numpy.int64(8), seed=0
+    )
+    assert f"least {float(result.ess.min()):.1f}" in repr(result)
+    assert "biased at finite K" in repr(result)
