@@ -85,11 +85,20 @@ def renyi(alpha: float) -> Objective:
     def objective(terms: LogTerms) -> Tensor:
         if alpha == 1:
             return elbo(terms)
-        order = 1 - alpha
-        powers = torch.logsumexp(order * terms.log_weights, 0) - math.log(len(terms.log_weights))
-        return powers / order
+        return _power_mean(terms.log_weights, 1 - alpha)
 
     return _named(objective, f"renyi({alpha:g})")
+
+
+def _power_mean(log_weights: Tensor, order: float) -> Tensor:
+    """Return 1/r log (1/K) Σ_k w_k^r, (B,); weights are centred first, since all digits of log w^r may cancel in it."""
+    mean, largest = log_weights.detach().mean(0), log_weights.detach().amax(0)
+    centre = torch.where(mean.isfinite(), mean, torch.where(largest.isfinite(), largest, 0.0))
+    powers = order * (log_weights - centre)
+    small = powers.detach().abs().amax(0) < 1
+    near = torch.log1p(torch.expm1(torch.where(small, powers, 0.0)).mean(0))
+    far = torch.logsumexp(powers, 0) - math.log(len(log_weights))
+    return centre + torch.where(small, near, far) / order
 
 
 def beta_elbo(beta: float | Annealed) -> Objective:
