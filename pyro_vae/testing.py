@@ -13,6 +13,7 @@ from pyro_vae.pair.inspection import inspect
 from pyro_vae.pair.modes import drawing, rehearsal
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.trace import PairTrace, log_terms
+from pyro_vae.runtime.threads import one_at_a_time
 
 __all__ = ["Finding", "PairContract", "check_pair"]
 
@@ -25,6 +26,7 @@ class Finding(NamedTuple):
     message: str
 
 
+@one_at_a_time
 def check_pair(pair: Pair, batch: Tensor | tuple[Tensor, ...]) -> list[Finding]:
     """Check a pair against the contract that every function of the package relies on.
 

@@ -20,6 +20,7 @@ from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.site import DATA, PARTICLES, Site
 from pyro_vae.pair.trace import PairTrace, run_model, trace_pair
 from pyro_vae.runtime.memory import MEBIBYTE, chunk_sizes
+from pyro_vae.runtime.threads import one_at_a_time
 
 __all__ = ["to_arviz", "to_elpd"]
 
@@ -27,6 +28,7 @@ __all__ = ["to_arviz", "to_elpd"]
 IMAGE_AXES = ("channel", "row", "column")
 
 
+@one_at_a_time
 def to_arviz(
     pair: Pair,
     *batch: Tensor,
@@ -101,6 +103,7 @@ def to_arviz(
     return inference_data(_groups(parts, batch[1:], num_particles, inspection.quantity, inspection.x.name))
 
 
+@one_at_a_time
 def to_elpd(log_likelihood: LogLikelihood) -> Any:
     """Export held-out log-likelihoods to ArviZ, as an expected log predictive density.
 

@@ -18,6 +18,7 @@ from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.site import Site
 from pyro_vae.pair.trace import PairTrace, trace_pair
 from pyro_vae.runtime.memory import CHUNK
+from pyro_vae.runtime.threads import one_at_a_time
 
 __all__ = ["CollapseReport", "SiteReport", "collapse_report", "noise_modules"]
 
@@ -84,6 +85,7 @@ class CollapseReport(NamedTuple):
         }
 
 
+@one_at_a_time
 def collapse_report(pair: Pair, *batch: Tensor, num_particles: int = 10, seed: int | None = None) -> CollapseReport:
     """Report the information about x in each latent site, and the sites that have collapsed.
 

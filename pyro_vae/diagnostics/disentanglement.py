@@ -16,6 +16,7 @@ from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.site import Site
 from pyro_vae.pair.trace import run_guide
 from pyro_vae.runtime.memory import CHUNK
+from pyro_vae.runtime.threads import one_at_a_time
 
 __all__ = ["MutualInformationGap", "beta_vae_metric", "latent_means", "mutual_information_gap", "votes_of"]
 
@@ -36,6 +37,7 @@ class MutualInformationGap(NamedTuple):
     entropy: Tensor
 
 
+@one_at_a_time
 def latent_means(pair: Pair, *batch: Tensor, site: str = "z") -> Tensor:
     """Return the guide's mean of a latent vector for each datum, the code for the metrics.
 
@@ -65,6 +67,7 @@ def latent_means(pair: Pair, *batch: Tensor, site: str = "z") -> Tensor:
     return torch.cat(means).clone()
 
 
+@one_at_a_time
 def mutual_information_gap(codes: Tensor, factors: Tensor, bins: int = 20) -> MutualInformationGap:
     """Return the gap in information about a factor between the best latent and the second best.
 
@@ -109,6 +112,7 @@ def mutual_information_gap(codes: Tensor, factors: Tensor, bins: int = 20) -> Mu
     return MutualInformationGap(float(per_factor.mean()), per_factor, information, entropy)
 
 
+@one_at_a_time
 def beta_vae_metric(
     codes: Tensor, factors: Tensor, *, num_votes: int = 500, num_pairs: int = 64, seed: int | None = 0
 ) -> float:

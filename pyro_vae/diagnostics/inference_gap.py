@@ -19,6 +19,7 @@ from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.site import Site, scored_entries
 from pyro_vae.pair.trace import log_terms, run_model, trace_pair
 from pyro_vae.runtime.memory import CHUNK
+from pyro_vae.runtime.threads import one_at_a_time
 
 __all__ = ["InferenceGap", "inference_gap"]
 
@@ -71,6 +72,7 @@ class InferenceGap(NamedTuple):
         return text
 
 
+@one_at_a_time
 def inference_gap(
     pair: Pair, *batch: Tensor, num_particles: int = 1000, steps: int = 1000, seed: int | None = None
 ) -> InferenceGap:

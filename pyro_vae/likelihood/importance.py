@@ -25,10 +25,12 @@ from pyro_vae.pair.trace import run_model, site_of_x
 from pyro_vae.runtime.memory import CHUNK, MEBIBYTE, block_size, counted_bytes, working_set
 from pyro_vae.runtime.progress import Progress, progress_bar
 from pyro_vae.runtime.random_state import fresh_seed, own_random_state, seed_generators
+from pyro_vae.runtime.threads import one_at_a_time
 
 __all__ = ["log_likelihood", "naive_log_likelihood"]
 
 
+@one_at_a_time
 def log_likelihood(
     pair: Pair,
     *batch: Tensor,
@@ -89,6 +91,7 @@ def log_likelihood(
     return _estimate(GuideProposal(pair), batch, _Settings(num_particles, memory, seed, progress, run_dir, capture))
 
 
+@one_at_a_time
 def naive_log_likelihood(
     pair: Pair,
     *batch: Tensor,

@@ -14,6 +14,7 @@ from pyro_vae.pair.checks import programs_after
 from pyro_vae.pair.modes import drawing, to_pair
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.trace import trace_pair
+from pyro_vae.runtime.threads import one_at_a_time
 
 __all__ = ["AnalyticLoss", "HasClosedForm", "analytic_loss", "has_closed_form"]
 
@@ -41,6 +42,7 @@ def has_closed_form(pair: Pair) -> bool:
     return isinstance(pair, HasClosedForm) and not programs_after(pair, "closed_form")
 
 
+@one_at_a_time
 def analytic_loss(
     pair: Pair, *batch: Tensor, num_particles: int = 1, mixture_kl: MixtureKL = convex_kl_bound
 ) -> AnalyticLoss:

@@ -20,6 +20,7 @@ from pyro_vae.pair.handlers import DrawObserved, HoldLatents
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.site import PARTICLES, Site, sites_of
 from pyro_vae.pair.terms import LogTerms, SiteTerms
+from pyro_vae.runtime.threads import one_at_a_time
 
 __all__ = [
     "AUTOMATIC",
@@ -114,6 +115,7 @@ class PairTrace:
         return terms
 
 
+@one_at_a_time
 def log_terms(pair: Pair, *batch: Tensor, num_particles: int = 1) -> LogTerms:
     """Run the guide and the replayed model once and sum their unscaled log-densities.
 
@@ -134,6 +136,7 @@ def log_terms(pair: Pair, *batch: Tensor, num_particles: int = 1) -> LogTerms:
     return trace_pair(pair, *batch, num_particles=num_particles).terms
 
 
+@one_at_a_time
 def site_terms(pair: Pair, *batch: Tensor, num_particles: int = 1) -> dict[str, SiteTerms]:
     """Run the guide and the replayed model once and return each site's log-densities.
 

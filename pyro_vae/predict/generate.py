@@ -14,6 +14,7 @@ from pyro_vae.pair.modes import device_of, drawing
 from pyro_vae.pair.observed import dependent_on_draws, model_on_few
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.trace import run_model, site_of_x
+from pyro_vae.runtime.threads import one_at_a_time
 
 __all__ = ["Generated", "generate", "placeholder_for"]
 
@@ -26,6 +27,7 @@ class Generated(NamedTuple):
     latents: dict[str, Tensor]
 
 
+@one_at_a_time
 def generate(
     pair: Pair,
     num_samples: int,

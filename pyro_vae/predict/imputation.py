@@ -19,6 +19,7 @@ from pyro_vae.pair.weights import weight_sums
 from pyro_vae.predict.generate import placeholder_for
 from pyro_vae.runtime.memory import MEBIBYTE, chunk_sizes
 from pyro_vae.runtime.random_state import derived_seed, fresh_seed
+from pyro_vae.runtime.threads import one_at_a_time
 
 __all__ = ["Imputation", "impute"]
 
@@ -49,6 +50,7 @@ class Imputation(NamedTuple):
         return text + ("; pseudo-Gibbs, not exact" if self.approximate else "; biased at finite K and sweeps")
 
 
+@one_at_a_time
 def impute(
     pair: Pair,
     x: Tensor,

@@ -12,6 +12,7 @@ from pyro_vae.pair.modes import drawing, to_pair
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.trace import trace_pair
 from pyro_vae.runtime.memory import MEBIBYTE, chunk_sizes
+from pyro_vae.runtime.threads import one_at_a_time
 
 __all__ = ["Posterior", "Reconstruction", "posterior", "reconstruct"]
 
@@ -30,6 +31,7 @@ class Posterior(NamedTuple):
     log_weights: Tensor
 
 
+@one_at_a_time
 def reconstruct(pair: Pair, *batch: Tensor, num_particles: int = 1, seed: int | None = None) -> Reconstruction:
     """Encode data and decode them again.
 
@@ -56,6 +58,7 @@ def reconstruct(pair: Pair, *batch: Tensor, num_particles: int = 1, seed: int | 
         return Reconstruction(x.mean, x.sample())
 
 
+@one_at_a_time
 def posterior(
     pair: Pair, *batch: Tensor, num_particles: int = 100, memory: int = 512 * MEBIBYTE, seed: int | None = None
 ) -> Posterior:

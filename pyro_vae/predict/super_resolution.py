@@ -17,6 +17,7 @@ from pyro_vae.pair.trace import run_model, run_program
 from pyro_vae.pair.weights import weight_sums
 from pyro_vae.predict.generate import placeholder_for
 from pyro_vae.runtime.random_state import derived_seed, own_random_state
+from pyro_vae.runtime.threads import one_at_a_time
 
 __all__ = ["SuperResolution", "super_resolve"]
 
@@ -66,6 +67,7 @@ class SuperResolution(NamedTuple):
         return self.samples[chosen, torch.arange(chosen.shape[1], device=chosen.device)]
 
 
+@one_at_a_time
 def super_resolve(pair: Pair, y: Tensor, *, num_samples: int = 16, seed: int | None = None) -> SuperResolution:
     """Draw many high-resolution images for each low-resolution one.
 

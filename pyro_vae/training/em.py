@@ -14,6 +14,7 @@ from pyro_vae.pair.checks import programs_after
 from pyro_vae.pair.inspection import inspect
 from pyro_vae.pair.modes import to_pair
 from pyro_vae.pair.pair import Pair
+from pyro_vae.runtime.threads import one_at_a_time
 
 __all__ = ["ExpectationMaximisation", "HasExactSteps", "em"]
 
@@ -48,6 +49,7 @@ class ExpectationMaximisation(NamedTuple):
     converged: bool
 
 
+@one_at_a_time
 def em(pair: Pair, x: Tensor, *, steps: int = 200, tolerance: float = 1e-7) -> ExpectationMaximisation:
     """Train a pair by expectation–maximisation, coordinate ascent on its ELBO.
 

@@ -28,6 +28,7 @@ from pyro_vae.runtime.device import resolve_device
 from pyro_vae.runtime.distributed import Averaging, LostProcessError, Processes, join
 from pyro_vae.runtime.progress import error_console
 from pyro_vae.runtime.random_state import own_random_state
+from pyro_vae.runtime.threads import one_at_a_time
 from pyro_vae.training.arguments import (
     Data,
     Identity,
@@ -70,6 +71,7 @@ class Run(NamedTuple):
     run_dir: Path | None
 
 
+@one_at_a_time
 def fit(
     pair: Pair,
     data: Data,

@@ -21,6 +21,7 @@ from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.weights import WeightSums, weight_sums
 from pyro_vae.predict.generate import generate
 from pyro_vae.runtime.random_state import own_random_state
+from pyro_vae.runtime.threads import one_at_a_time
 
 __all__ = [
     "AnnealedLogLikelihood",
@@ -130,6 +131,7 @@ class BidirectionalLogLikelihood(NamedTuple):
         )
 
 
+@one_at_a_time
 def annealed_log_likelihood(
     pair: Pair,
     *batch: Tensor,
@@ -201,6 +203,7 @@ def annealed_log_likelihood(
     )
 
 
+@one_at_a_time
 def bidirectional_log_likelihood(
     pair: Pair,
     num_data: int,
