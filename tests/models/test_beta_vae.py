@@ -89,7 +89,8 @@ def test_the_recorded_step_follows_the_capacity() -> None:
     state = {name: value.clone() for name, value in pair.state_dict().items()}
     for capture in (True, False):
         pair.load_state_dict(state)
-        pv.fit(pair, x, epochs=3, batch_size=16, lr=1e-2, loss=pair.objective(), capture=capture, progress=False)
+        options: Any = {"lr": 1e-2, "loss": pair.objective(), "seed": 0, "progress": False}
+        pv.fit(pair, x, epochs=3, batch_size=16, capture=capture, **options)
         finals.append(torch.cat([p.detach().flatten().clone() for p in pair.parameters()]))
     assert float(pair.capacity()) == 3.0
     torch.testing.assert_close(*finals, **ROUNDING)
