@@ -13,6 +13,7 @@ from pyro_vae.pair.inspection import Inspection
 from pyro_vae.pair.pair import Pair, Program
 from pyro_vae.pair.site import Site
 from pyro_vae.pair.trace import PairTrace, trace_pair, trace_programs
+from pyro_vae.runtime.threads import one_at_a_time
 
 __all__ = ["DivergenceSplit", "TotalCorrelationELBO", "divergence_split", "stratified_log_weights"]
 
@@ -31,6 +32,7 @@ class DivergenceSplit(NamedTuple):
     dimension_wise: Tensor
 
 
+@one_at_a_time
 def divergence_split(
     pair: Pair, *batch: Tensor, data_size: int | None = None, num_particles: int = 1
 ) -> DivergenceSplit:

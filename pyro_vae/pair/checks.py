@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from pyro_vae.pair.failures import name_of_condition
 from pyro_vae.pair.pair import Pair
@@ -15,6 +17,7 @@ __all__ = [
     "check_batch",
     "check_conditions",
     "check_finite",
+    "check_kind",
     "check_masks",
     "check_tensor",
     "programs_after",
@@ -31,21 +34,71 @@ def check_batch(pair: Pair, batch: tuple[Tensor, ...], argument: str = "x") -> N
     Raises:
         ValueError: naming the argument, the fault and the way out.
     """
-    if not batch or not all(isinstance(tensor, Tensor) for tensor in batch):
+    if not batch:
         raise ValueError(f"{argument} must be a tensor, or a tuple of tensors: the data and the pair's conditions")
+    names = [argument, *(f"the condition '{name_of_condition(pair, i)}'" for i in range(1, len(batch)))]
+    for name, each in zip(names, batch, strict=True):
+        check_kind(each, name)
     x = batch[0]
     shape = getattr(pair, "x_shape", None)
     if shape is not None and tuple(x.shape[1:]) != tuple(shape):
         raise ValueError(
             f"{argument} has shape {tuple(x.shape)}; {type(pair).__name__} expects (N, {', '.join(map(str, shape))})"
         )
-    if x.dim() == 0 or len(x) == 0:
+    if len(x) == 0:
         raise ValueError(f"{argument} holds no data")
     if any(len(tensor) != len(x) for tensor in batch):
         raise ValueError(f"{argument} and its conditions have {[len(t) for t in batch]} rows; they must be equal")
     check_tensor(x, pair.x_dtype or next((p.dtype for p in pair.parameters()), x.dtype), argument)
-    for tensor in batch[1:]:
-        check_finite(tensor, argument)
+    for name, tensor in zip(names[1:], batch[1:], strict=True):
+        check_finite(tensor, name)
+
+
+def check_kind(value: Any, name: str) -> None:
+    """Refuse anything but a dense tensor of numbers on a real device, with one row for each datum.
+
+    Raises:
+        ValueError: naming the value and the way to pass its numbers.
+
+    >>> import torch
+    >>> check_kind(torch.zeros(3, 2), "x")
+    """
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} is {_kind_of(value)}: pass {_way_of(value)}")
+    if value.layout != torch.strided or value.is_nested:
+        raise ValueError(f"{name} is a sparse or nested tensor: pass a dense one, e.g. by to_dense()")
+    if value.is_complex() or value.is_meta or value.is_quantized:
+        raise ValueError(f"{name} is a tensor of {value.dtype} on {value.device}: pass real numbers on a CPU or GPU")
+    if value.dim() == 0:
+        raise ValueError(f"{name} is a single number: pass a tensor with one row for each datum")
+
+
+def _kind_of(value: Any) -> str:
+    if value is None:
+        return "None"
+    package = type(value).__module__.split(".")[0]
+    return f"a {type(value).__name__}" + (f" of {package}" if package != "builtins" else "")
+
+
+def _way_of(value: Any) -> str:
+    """Return how to pass the numbers of a value that is no tensor."""
+    if isinstance(value, DataLoader):
+        return "the tensors behind it, since batches are drawn here (batch_size=)"
+    if isinstance(value, TensorDataset):
+        return "its tensors, i.e. dataset.tensors"
+    if isinstance(value, Dataset):
+        return "its rows as tensors, e.g. torch.stack([row for row, *_ in dataset])"
+    if hasattr(value, "iloc"):
+        return "its numbers, torch.tensor(frame.to_numpy())"
+    if hasattr(value, "__array__"):
+        return "torch.from_numpy(array), in the pair's dtype"
+    if isinstance(value, (list, tuple)):
+        if any(isinstance(each, Tensor) for each in value):
+            return "its tensors as arguments of their own, x and then the conditions"
+        return "one tensor, by torch.stack or torch.tensor"
+    if value is None or isinstance(value, (str, bytes, dict)):
+        return "a tensor, or a tuple of tensors: the data and the pair's conditions"
+    return "a tensor with one row for each datum"
 
 
 def check_tensor(x: Tensor, dtype: torch.dtype, argument: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy
 import torch
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
 from pyro_vae.data import AnyDataSet, DataSet, GraphData
 from pyro_vae.pair.pair import Pair
@@ -34,7 +35,7 @@ __all__ = [
 
 # The attribute of a pair that holds the seed of its next run, and that of its held-out share.
 STORED_SEEDS = "_seeds_of_fit"
-Data: TypeAlias = Tensor | Sequence[Tensor] | AnyDataSet
+Data: TypeAlias = Tensor | Sequence[Tensor] | TensorDataset | AnyDataSet
 
 
 @dataclass(frozen=True)
@@ -190,10 +191,17 @@ def remember_seeds(pair: Pair, seeds: Seeds) -> None:
 
 
 def as_batch(data: Data) -> tuple[Tensor, ...]:
-    """Return ``x`` and the conditions as a tuple; of a data set, its training images."""
+    """Return ``x`` and the conditions as a tuple: of a data set, its training images, of torch's, its tensors.
+
+    Whatever else the caller passes is one thing, for :func:`~pyro_vae.pair.checks.check_batch` to name.
+    """
     if isinstance(data, DataSet | GraphData):
         return (data.train,)
-    return (data,) if isinstance(data, Tensor) else tuple(data)
+    if isinstance(data, TensorDataset):
+        return data.tensors
+    # A list of numbers, or of lists, is one thing.
+    several = isinstance(data, tuple | list) and any(hasattr(each, "shape") for each in data)
+    return tuple(data) if several else (data,)  # type: ignore[return-value]
 
 
 def split(

@@ -273,7 +273,7 @@ NAN, INF = math.nan, math.inf
     ("batch", "message"),
     [
         (lambda: (), "x must be a tensor"),
-        (lambda: ([1.0, 2.0, 3.0],), "x must be a tensor"),
+        (lambda: ([1.0, 2.0, 3.0],), "x is a list: pass one tensor"),
         (lambda: (torch.zeros(2, 4),), r"x has shape \(2, 4\); LinearGaussianVAE expects \(N, 3\)"),
         (lambda: (torch.zeros(3),), r"x has shape \(3,\); LinearGaussianVAE expects \(N, 3\)"),
         (lambda: (torch.zeros(0, 3),), "x holds no data"),
