@@ -6,7 +6,6 @@ import copy
 import logging
 import operator
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +14,8 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
+
+from pyro_vae.runtime.caller import warn_caller
 
 __all__ = ["compile_graph", "keep_pages"]
 
@@ -58,7 +59,7 @@ def compile_graph(
         return run
     except Exception as error:
         reason = str(error).split("\n")[0].strip() or type(error).__name__
-        warnings.warn(f"the recorded step is replayed uncompiled: {reason}", stacklevel=6)
+        warn_caller(f"the recorded step is replayed uncompiled: {reason}")
         return None
 
 

@@ -7,7 +7,6 @@ element-wise operations, and gives the same numbers up to rounding.
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -23,6 +22,7 @@ from pyro_vae.capture.python_state import PairState
 from pyro_vae.capture.tracer import CaptureError
 from pyro_vae.likelihood.blocks import Blocks
 from pyro_vae.pair.pair import Pair
+from pyro_vae.runtime.caller import warn_caller
 from pyro_vae.runtime.memory import CPU_WORKING_SET
 
 __all__ = ["LogWeights", "captured_blocks"]
@@ -71,7 +71,7 @@ def captured_blocks(
         except CaptureError as reason:
             if capture is True:
                 raise
-            warnings.warn(f"log-weights come from Pyro's eager pass, which is slower: {reason}", stacklevel=6)
+            warn_caller(f"log-weights come from Pyro's eager pass, which is slower: {reason}")
             break
 
     def captured(datum: tuple[Tensor, ...], size: int) -> Tensor:

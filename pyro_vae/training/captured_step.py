@@ -16,7 +16,6 @@ the pair reads must not change during training: store it as an attribute of an `
 from __future__ import annotations
 
 import math
-import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -37,6 +36,7 @@ from pyro_vae.objectives.loss import Loss
 from pyro_vae.pair.modes import device_of
 from pyro_vae.pair.pair import Pair
 from pyro_vae.runtime.batches import Batch, unpacked
+from pyro_vae.runtime.caller import warn_caller
 from pyro_vae.training import step as steps
 from pyro_vae.training.step import Average, NonFiniteLossError, Step, eager_backward, updating_step
 
@@ -223,7 +223,7 @@ class _CapturedStep:
         """Warn, once, that steps are eager. The eager step has run by then: a mistake in the pair was raised there."""
         if self.refusal is not None and not self.warned:
             self.warned = True
-            warnings.warn(f"this pair trains by eager steps, which are slower: {self.refusal}", stacklevel=3)
+            warn_caller(f"this pair trains by eager steps, which are slower: {self.refusal}")
 
     def _captured(self, batch: tuple[Tensor, ...], beta: float | Tensor) -> _Captured | None:
         """Return the program for a step, captured now if need be; None where the step is to be eager."""
