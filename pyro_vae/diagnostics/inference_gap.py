@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from typing import Any, NamedTuple
 
 import pyro.distributions as dist
@@ -19,6 +18,7 @@ from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.site import Site, scored_entries
 from pyro_vae.pair.trace import log_terms, run_model, trace_pair
 from pyro_vae.runtime.memory import CHUNK
+from pyro_vae.runtime.scalars import whole
 from pyro_vae.runtime.threads import one_at_a_time
 
 __all__ = ["InferenceGap", "inference_gap"]
@@ -111,7 +111,7 @@ def inference_gap(
     True
     """
     inspect(pair, batch)
-    num_particles, steps = operator.index(num_particles), operator.index(steps)
+    num_particles, steps = whole(num_particles, "num_particles"), whole(steps, "steps")
     if num_particles < 2 or steps < 1:
         raise ValueError(f"num_particles is {num_particles}, steps {steps}: they must be at least 2 and 1")
     with drawing(pair, seed):

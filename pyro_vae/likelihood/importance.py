@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +23,7 @@ from pyro_vae.pair.trace import run_model, site_of_x
 from pyro_vae.runtime.memory import CHUNK, MEBIBYTE, block_size, counted_bytes, working_set
 from pyro_vae.runtime.progress import Progress, progress_bar
 from pyro_vae.runtime.random_state import fresh_seed, own_random_state, seed_generators
+from pyro_vae.runtime.scalars import whole
 from pyro_vae.runtime.threads import one_at_a_time
 
 __all__ = ["log_likelihood", "naive_log_likelihood"]
@@ -130,7 +129,9 @@ class _Settings:
 
     def __post_init__(self) -> None:
         for name in ("num_particles", "memory", "seed"):
-            object.__setattr__(self, name, _integer(name, getattr(self, name)))
+            # None is no seed.
+            if name != "seed" or self.seed is not None:
+                object.__setattr__(self, name, whole(getattr(self, name), name))
 
     def check(self) -> None:
         check_capture(self.capture)
@@ -138,19 +139,6 @@ class _Settings:
             raise ValueError(f"num_particles is {self.num_particles}; it counts draws per datum and must be at least 1")
         if self.run_dir is not None and self.seed is None:
             raise ValueError("run_dir keeps the chunks of one seed, so that they can be continued: pass seed=0, say")
-
-
-def _integer(name: str, value: Any) -> int | None:
-    """Return an integer of any library, e.g. NumPy, as Python's; None is no seed."""
-    if name == "seed" and value is None:
-        return None
-    dtype = str(getattr(value, "dtype", ""))
-    if isinstance(value, bool) or "bool" in dtype or not hasattr(value, "__index__"):
-        raise ValueError(f"{name} is {value!r}; it must be an int: int({name})")
-    try:
-        return operator.index(value)
-    except TypeError as error:
-        raise ValueError(f"{name} is {value!r}; it must be an int: int({name})") from error
 
 
 def _estimate(proposal: Proposal, batch: tuple[Tensor, ...], settings: _Settings) -> LogLikelihood:

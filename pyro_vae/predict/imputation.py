@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from typing import NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ from pyro_vae.pair.weights import weight_sums
 from pyro_vae.predict.generate import placeholder_for
 from pyro_vae.runtime.memory import MEBIBYTE, chunk_sizes
 from pyro_vae.runtime.random_state import derived_seed, fresh_seed
+from pyro_vae.runtime.scalars import whole
 from pyro_vae.runtime.threads import one_at_a_time
 
 __all__ = ["Imputation", "impute"]
@@ -96,7 +96,8 @@ def impute(
         raise ValueError(
             f"mask is {mask.dtype} of shape {tuple(mask.shape)}; it must be boolean, shaped as x or one datum"
         )
-    num_samples, num_particles, sweeps = map(operator.index, (num_samples, num_particles, sweeps))
+    num_samples, sweeps = whole(num_samples, "num_samples"), whole(sweeps, "sweeps")
+    num_particles = whole(num_particles, "num_particles")
     if min(num_samples, num_particles) < 1 or sweeps < 0:
         raise ValueError("num_samples and num_particles must be at least 1, sweeps at least 0")
     if pair.max_plate_nesting > 1:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from pyro_vae.pair.trace import run_model, run_program
 from pyro_vae.pair.weights import weight_sums
 from pyro_vae.predict.generate import placeholder_for
 from pyro_vae.runtime.random_state import derived_seed, own_random_state
+from pyro_vae.runtime.scalars import whole
 from pyro_vae.runtime.threads import one_at_a_time
 
 __all__ = ["SuperResolution", "super_resolve"]
@@ -57,7 +57,7 @@ class SuperResolution(NamedTuple):
         Raises:
             ValueError: for ``num_draws`` < 1, and for weights that are not finite.
         """
-        num_draws = operator.index(num_draws)
+        num_draws = whole(num_draws, "num_draws")
         if num_draws < 1:
             raise ValueError(f"num_draws is {num_draws}; it must be at least 1")
         if not self.log_weights.logsumexp(0).isfinite().all():
@@ -91,7 +91,7 @@ def super_resolve(pair: Pair, y: Tensor, *, num_samples: int = 16, seed: int | N
     y_shape: Any = pair.y_shape
     if tuple(y.shape[1:]) != tuple(y_shape):
         raise ValueError(f"y has shape {tuple(y.shape)}; the pair's low resolution is {tuple(y_shape)}")
-    num_samples = operator.index(num_samples)
+    num_samples = whole(num_samples, "num_samples")
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}; it must be at least 1")
     if len(y) == 0:

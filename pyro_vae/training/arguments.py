@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 import math
 import numbers
-import operator
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, TypeAlias
 
-import numpy
 import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
@@ -27,10 +25,8 @@ __all__ = [
     "as_batch",
     "fingerprint",
     "next_seeds",
-    "real",
     "remember_seeds",
     "split",
-    "whole",
 ]
 
 # The attribute of a pair that holds the seed of its next run, and that of its held-out share.
@@ -128,43 +124,6 @@ class Identity:
         if settings["split_seed"] == settings["seed"]:
             del settings["split_seed"]
         return {**settings, **named}
-
-
-def whole(value: Any, argument: str) -> int:
-    """Return a whole number of Python, NumPy or torch as an int.
-
-    Raises:
-        ValueError: naming the argument, for anything else.
-
-    >>> whole(torch.tensor(3), "epochs")
-    3
-    """
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        raise ValueError(f"{argument} is {_shown(value)}; it must be a whole number") from None
-
-
-def real(value: Any, argument: str) -> float:
-    """Return a real number of Python, NumPy or torch as one of Python.
-
-    Raises:
-        ValueError: naming the argument, for anything else.
-
-    >>> real(torch.tensor(0.5), "beta"), real(1, "beta")
-    (0.5, 1)
-    """
-    if isinstance(value, Tensor | numpy.ndarray) and value.ndim == 0:
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise ValueError(f"{argument} is {_shown(value)}; it must be a number")
-    return value if isinstance(value, int) else float(value)
-
-
-def _shown(value: object) -> str:
-    return repr(value) if isinstance(value, (int, float, str, type(None))) else f"of type {type(value).__name__}"
 
 
 class Seeds(NamedTuple):

@@ -28,6 +28,7 @@ from pyro_vae.runtime.device import resolve_device
 from pyro_vae.runtime.distributed import Averaging, LostProcessError, Processes, join
 from pyro_vae.runtime.progress import error_console
 from pyro_vae.runtime.random_state import own_random_state
+from pyro_vae.runtime.scalars import real, whole
 from pyro_vae.runtime.threads import one_at_a_time
 from pyro_vae.training.arguments import (
     Data,
@@ -36,10 +37,8 @@ from pyro_vae.training.arguments import (
     as_batch,
     fingerprint,
     next_seeds,
-    real,
     remember_seeds,
     split,
-    whole,
 )
 from pyro_vae.training.captured_step import captured_step
 from pyro_vae.training.precision import Precision, check_precision, to_precision

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -21,6 +20,7 @@ from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.weights import WeightSums, weight_sums
 from pyro_vae.predict.generate import generate
 from pyro_vae.runtime.random_state import own_random_state
+from pyro_vae.runtime.scalars import whole
 from pyro_vae.runtime.threads import one_at_a_time
 
 __all__ = [
@@ -182,7 +182,7 @@ def annealed_log_likelihood(
     torch.Size([2])
     """
     quantity = inspect(pair, batch).quantity
-    num_temperatures, num_chains = operator.index(num_temperatures), operator.index(num_chains)
+    num_temperatures, num_chains = whole(num_temperatures, "num_temperatures"), whole(num_chains, "num_chains")
     betas = _check(num_temperatures, num_chains, leapfrog_steps, start, schedule)
     parts = []
     with _drawing(pair, batch, seed):
@@ -246,7 +246,7 @@ def bidirectional_log_likelihood(
     """
     if not 0 < delta < 1:
         raise ValueError(f"delta is {delta}; the probability of a miss lies between 0 and 1")
-    num_temperatures, num_chains = operator.index(num_temperatures), operator.index(num_chains)
+    num_temperatures, num_chains = whole(num_temperatures, "num_temperatures"), whole(num_chains, "num_chains")
     betas = _check(num_temperatures, num_chains, leapfrog_steps, start, schedule)
     device = device_of(pair)
     with own_random_state(seed, device):
