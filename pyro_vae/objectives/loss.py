@@ -29,7 +29,7 @@ from pyro_vae.pair.terms import LogTerms, SiteTerms
 from pyro_vae.pair.trace import PairTrace, pyro_traces
 from pyro_vae.runtime.random_state import own_random_state
 
-__all__ = ["WEIGHED", "Loss", "PairLoss", "check_kind", "check_loss"]
+__all__ = ["WEIGHED", "Loss", "PairLoss", "check_is_loss", "check_loss"]
 
 
 class PairLoss(ELBO, abc.ABC):
@@ -86,7 +86,7 @@ Loss: TypeAlias = ELBO | Objective
 WEIGHED = (Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO)
 
 
-def check_kind(loss: object) -> None:
+def check_is_loss(loss: object) -> None:
     """Refuse what is no loss, and what only makes one.
 
     Raises:
@@ -123,7 +123,6 @@ def check_loss(
             divergences if their conditions fail, an objective that does not return one number per datum, and one
             without a gradient through the guide's draws.
     """
-    check_kind(loss)
     name = getattr(loss, "__name__", type(loss).__name__)
     if name.startswith("Jit") or isinstance(loss, ReweightedWakeSleep):
         raise ValueError(f"{name} looks parameters up in Pyro's store or has two losses: use it in a loop of your own")

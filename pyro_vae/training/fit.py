@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pyro_vae.capture.program import Capture, check_capture
 from pyro_vae.objectives.bounds import elbo
-from pyro_vae.objectives.loss import WEIGHED, Loss, check_kind, check_loss
+from pyro_vae.objectives.loss import WEIGHED, Loss, check_is_loss, check_loss
 from pyro_vae.pair.inspection import Inspection, inspect
 from pyro_vae.pair.modes import kept_in_evaluation, normalises, rehearsal, remember_kept
 from pyro_vae.pair.pair import Pair
@@ -176,7 +176,7 @@ def fit(
     if not isinstance(pair, Pair):
         raise ValueError(f"pair is {_kind_of(pair)}; it must be an instance of a subclass of pv.Pair")
     loss = Trace_ELBO() if loss is None else loss
-    check_kind(loss)
+    check_is_loss(loss)
     epochs, batch_size = whole(epochs, "epochs"), whole(batch_size, "batch_size")
     num_particles = whole(num_particles, "num_particles")
     patience, seed = (None if n is None else whole(n, name) for n, name in ((patience, "patience"), (seed, "seed")))
