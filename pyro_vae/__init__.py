@@ -25,10 +25,10 @@ from pyro_vae.likelihood.ais.annealing import (
 )
 from pyro_vae.likelihood.estimate import LogLikelihood
 from pyro_vae.likelihood.importance import log_likelihood, naive_log_likelihood
+from pyro_vae.networks.annealed import Annealed, advance
 from pyro_vae.objectives.closed_form import AnalyticLoss, analytic_loss
 from pyro_vae.objectives.dreg import DReG
 from pyro_vae.objectives.total_correlation import DivergenceSplit, TotalCorrelationELBO, divergence_split
-from pyro_vae.pair.annealed import Annealed, advance
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.terms import LogTerms, SiteTerms
 from pyro_vae.pair.trace import log_terms, site_terms

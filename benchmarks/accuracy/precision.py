@@ -25,8 +25,8 @@ from torch import Tensor
 
 import pyro_vae as pv
 from benchmarks.harness.common import save
+from pyro_vae.inspection import inspect
 from pyro_vae.networks.mlp import MLP
-from pyro_vae.pair.inspection import inspect
 from pyro_vae.pair.modes import evaluation
 from pyro_vae.pair.trace import log_terms
 from pyro_vae.runtime.device import resolve_device

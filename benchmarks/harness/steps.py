@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 import pyro_vae as pv
+from pyro_vae.inspection import inspect
 from pyro_vae.networks.mlp import MLP
-from pyro_vae.pair.inspection import inspect
 from pyro_vae.training.captured_step import captured_step
 from pyro_vae.training.precision import mixed
 from pyro_vae.training.step import eager_step

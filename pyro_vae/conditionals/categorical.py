@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.distributions.one_hot import OneHots, RelaxedOneHots
-from pyro_vae.pair.annealed import Annealed
+from pyro_vae.networks.annealed import Annealed
 
 __all__ = ["GumbelSoftmax", "OneHotPrior"]
 

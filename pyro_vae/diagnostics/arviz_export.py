@@ -10,12 +10,12 @@ from torch import Tensor
 
 from pyro_vae._version import __version__
 from pyro_vae.diagnostics.arviz_containers import elpd_data, inference_data
+from pyro_vae.inspection import inspect
+from pyro_vae.inspection.observed import dependent_on_draws
 from pyro_vae.likelihood.estimate import LogLikelihood
 from pyro_vae.likelihood.psis import trust_threshold
 from pyro_vae.likelihood.weights import WeightStream, WeightSummary
-from pyro_vae.pair.inspection import inspect
 from pyro_vae.pair.modes import chunks, drawing, to_pair
-from pyro_vae.pair.observed import dependent_on_draws
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.site import DATA, PARTICLES, Site
 from pyro_vae.pair.trace import PairTrace, run_model, trace_pair

@@ -12,7 +12,7 @@ from torch.distributions import Categorical, Normal
 from pyro_vae.conditionals.scales import Scale
 from pyro_vae.diagnostics.mutual_information import MutualInformation, mutual_information
 from pyro_vae.distributions.mixtures import GaussianMixture
-from pyro_vae.pair.inspection import inspect
+from pyro_vae.inspection import inspect
 from pyro_vae.pair.modes import chunks, drawing, to_pair
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.site import Site

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal, Normal
 
+from pyro_vae.inspection import inspect
 from pyro_vae.likelihood.psis import trust_threshold
 from pyro_vae.likelihood.weights import WeightStream
-from pyro_vae.pair.inspection import inspect
 from pyro_vae.pair.modes import chunks, drawing, to_pair
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.site import Site, scored_entries

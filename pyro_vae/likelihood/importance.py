@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from pyro_vae.capture.program import Capture, check_capture
+from pyro_vae.inspection import Inspection, inspect
 from pyro_vae.likelihood.blocks import Blocks, data_hashes, single
 from pyro_vae.likelihood.captured import LogWeights, captured_blocks
 from pyro_vae.likelihood.estimate import LogLikelihood
 from pyro_vae.likelihood.proposals import GuideProposal, PriorProposal, Proposal
 from pyro_vae.likelihood.saved_chunks import SavedChunks, evaluation_key
 from pyro_vae.likelihood.weights import WeightStream, WeightSummary
-from pyro_vae.pair.inspection import Inspection, inspect
 from pyro_vae.pair.modes import chunks, device_of, evaluation, to_pair
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.trace import run_model, site_of_x

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pyro_vae.pair.inspection import Inspection
+from pyro_vae.inspection import Inspection
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.site import ExactSite, Site, exact
 from pyro_vae.pair.trace import PairTrace, run_model, trace_pair

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from pyro_vae._version import __version__
+from pyro_vae.inspection import Inspection
 from pyro_vae.likelihood.weights import WeightSummary
-from pyro_vae.pair.inspection import Inspection
 from pyro_vae.runtime.files import write_whole
 
 __all__ = ["SavedChunks", "evaluation_key"]

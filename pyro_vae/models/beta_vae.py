@@ -23,9 +23,9 @@ from pyro_vae.conditionals.conditional import Head
 from pyro_vae.conditionals.likelihoods import Bernoulli
 from pyro_vae.conditionals.priors import MixtureOfGaussians, StandardNormal
 from pyro_vae.models.vae import VAE
+from pyro_vae.networks.annealed import Annealed
 from pyro_vae.objectives.bounds import Objective, beta_elbo, capacity_elbo
 from pyro_vae.objectives.total_correlation import TotalCorrelationELBO
-from pyro_vae.pair.annealed import Annealed
 
 __all__ = ["BetaVAE"]
 

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from pyro_vae.pair.annealed import Annealed
+from pyro_vae.networks.annealed import Annealed
 from pyro_vae.pair.terms import LogTerms
 
 __all__ = ["Objective", "beta_elbo", "capacity_elbo", "elbo", "free_bits", "iwae", "renyi"]

@@ -10,9 +10,8 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from pyro_vae.distributions.mixture_kl import MixtureKL, convex_kl_bound
-from pyro_vae.pair.checks import programs_after
 from pyro_vae.pair.modes import drawing, to_pair
-from pyro_vae.pair.pair import Pair
+from pyro_vae.pair.pair import Pair, programs_after
 from pyro_vae.pair.trace import trace_pair
 from pyro_vae.runtime.threads import one_at_a_time
 

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from pyro_vae.inspection import Inspection
 from pyro_vae.objectives.loss import PairLoss
-from pyro_vae.pair.inspection import Inspection
+from pyro_vae.pair.agreement import check_same_latents
 from pyro_vae.pair.modes import rehearsal
 from pyro_vae.pair.pair import Pair, Program
 from pyro_vae.pair.site import Site
-from pyro_vae.pair.trace import check_same_latents, run_guide, run_program
+from pyro_vae.pair.trace import run_guide, run_program
 
 __all__ = ["DReG"]
 

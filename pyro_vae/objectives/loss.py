@@ -20,9 +20,9 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vae.distributions.batch_optimal import BatchOptimalNormal
+from pyro_vae.inspection import Inspection
 from pyro_vae.objectives.bounds import Objective, beta_elbo, capacity_elbo, elbo, free_bits, renyi
 from pyro_vae.objectives.reconstruction import MASKED_AROUND
-from pyro_vae.pair.inspection import Inspection
 from pyro_vae.pair.modes import device_of
 from pyro_vae.pair.pair import Pair, Program
 from pyro_vae.pair.terms import LogTerms, SiteTerms

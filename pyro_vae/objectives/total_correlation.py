@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_vae.inspection import Inspection
 from pyro_vae.objectives.loss import PairLoss
-from pyro_vae.pair.inspection import Inspection
 from pyro_vae.pair.pair import Pair, Program
 from pyro_vae.pair.site import Site
 from pyro_vae.pair.trace import PairTrace, trace_pair, trace_programs

@@ -1,10 +1,9 @@
 """A model and a guide over the same latents, and their log-densities.
 
-Import from here to write an estimator. :func:`inspect` checks data and returns facts about a pair.
-:func:`trace_pair` runs its guide and model. :class:`Site` reads a sample site.
+Import from here to write an estimator. :func:`trace_pair` runs a pair's guide and model. :class:`Site` reads a
+sample site.
 """
 
-from pyro_vae.pair.inspection import Inspection, inspect
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.site import Site
 from pyro_vae.pair.terms import LogTerms, SiteTerms
@@ -12,14 +11,12 @@ from pyro_vae.pair.trace import PairTrace, log_terms, run_guide, run_model, site
 from pyro_vae.pair.weights import WeightSums, weight_sums
 
 __all__ = [
-    "Inspection",
     "LogTerms",
     "Pair",
     "PairTrace",
     "Site",
     "SiteTerms",
     "WeightSums",
-    "inspect",
     "log_terms",
     "run_guide",
     "run_model",

@@ -13,7 +13,7 @@ from pyro.poutine.runtime import am_i_wrapped, effectful
 from torch import nn
 from torch.distributions import constraints
 
-__all__ = ["Pair", "Program"]
+__all__ = ["Pair", "Program", "programs_after"]
 
 
 class Pair(nn.Module, abc.ABC):
@@ -105,3 +105,18 @@ def _announce(name: str, parameter: nn.Parameter) -> None:
     # SVI.step asks a param site's value for the leaf it should update.
     alias.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]
     effectful(lambda *_, **__: alias, type="param")(name, alias, constraint=constraints.real, name=name)
+
+
+def programs_after(pair: Pair, method: str) -> list[str]:
+    """Return the programs of a pair that are defined nearer to it than a method that knows them by heart.
+
+    Such a method, e.g. a loss in closed form, belongs to the programs of the class that it was inherited from.
+    """
+    return [name for name in ("model", "guide") if _distance(pair, name) < _distance(pair, method)]
+
+
+def _distance(pair: Pair, name: str) -> int:
+    """Return how many classes lie between a pair and the definition of an attribute; -1 for one of its instance."""
+    if name in vars(pair):
+        return -1
+    return next(i for i, cls in enumerate(type(pair).__mro__) if name in vars(cls))

@@ -14,7 +14,7 @@ from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_vae.pair.checks import check_masks
+from pyro_vae.pair.agreement import check_same_latents
 from pyro_vae.pair.failures import COARSE, TOO_COARSE, explained
 from pyro_vae.pair.handlers import DrawObserved, HoldLatents
 from pyro_vae.pair.pair import Pair
@@ -23,10 +23,7 @@ from pyro_vae.pair.terms import LogTerms, SiteTerms
 from pyro_vae.runtime.threads import one_at_a_time
 
 __all__ = [
-    "AUTOMATIC",
     "PairTrace",
-    "check_measures",
-    "check_same_latents",
     "log_terms",
     "pyro_traces",
     "run_guide",
@@ -37,12 +34,6 @@ __all__ = [
     "trace_pair",
     "trace_programs",
 ]
-
-
-AUTOMATIC = (
-    "{} of Pyro's AutoGuides, which learn one posterior of a whole data set and no q(z | x) for each datum: write "
-    "guide(self, x) with a network, e.g. pv.Conditional(encoder, pv.DiagonalGaussian(), (size,))"
-)
 
 
 @dataclass(frozen=True)
@@ -289,103 +280,6 @@ def site_of_x(model: Mapping[str, Site], data: Tensor) -> Site:
             "conditions and observe them whole, e.g. model(self, x, labels) with obs=labels"
         )
     return (exact or observed)[0]
-
-
-def check_same_latents(guide: Mapping[str, Site], model: Mapping[str, Site]) -> None:
-    """Refuse a guide whose sites are not the model's latent sites.
-
-    Raises:
-        ValueError: naming the sites that one of them lacks, or that one of them alone masks.
-    """
-    latents = {name for name, site in model.items() if not site.is_observed}
-    _check_guide(guide)
-    if missing := sorted(latents - set(guide)):
-        for name in missing:
-            whole = name.removesuffix("_unobserved")
-            if whole != name and f"{whole}_observed" in model:
-                raise ValueError(
-                    f"the model makes the missing part of '{whole}' a latent, '{name}' (obs_mask=), which the guide "
-                    "does not sample: mask the likelihood in its place, dist.Normal(loc, scale).mask(seen).to_event(1) "
-                    "with obs=x, then impute"
-                )
-        raise ValueError(
-            f"the model samples {missing}, the guide does not: their KL term would be missing from the ELBO; sample "
-            "them in the guide too"
-        )
-    if extra := sorted(set(guide) - latents):
-        raise ValueError(f"the guide samples {extra}, which is no latent site of the model; rename or remove it")
-    # Their entries are compared once per call, by inspect; here only a mask without its counterpart is.
-    if any((site.scored is None) != (model[name].scored is None) for name, site in guide.items()):
-        check_masks(guide, model)
-
-
-def _check_guide(guide: Mapping[str, Site]) -> None:
-    """Refuse sites of a guide that are no draws of latents."""
-    for name, site in guide.items():
-        if site.is_factor:
-            raise ValueError(
-                f"the guide has a factor '{name}' (pyro.factor), and a weight with it estimates no density: add the "
-                "term to the loss that trains the pair, in place of the guide"
-            )
-        if site.is_auxiliary:
-            raise ValueError(AUTOMATIC.format(f"the guide's site '{name}' is that of one"))
-        if site.is_observed:
-            raise ValueError(f"the guide observes '{name}': only the model observes data; remove obs= from the guide")
-
-
-def check_measures(trace: PairTrace) -> None:
-    """Refuse a guide with a density where the model has a mass, or the reverse: their ratio is no weight.
-
-    Raises:
-        ValueError: for such a site, for a point mass outside the support of the model's site, and for a guide that
-            covers another set than the prior.
-    """
-    for name, site in trace.guide.items():
-        other = trace.model[name]
-        if site.is_point_mass:
-            if not bool(other.fn.support.check(site.drawn).all()):
-                raise ValueError(
-                    f"the guide's point mass at '{name}' lies outside the model's support, {other.fn.support}"
-                )
-        elif site.is_discrete != other.is_discrete:
-            raise ValueError(
-                f"site '{name}' is {'discrete' if other.is_discrete else 'continuous'} in the model but not in "
-                "the guide: a mass over a density is no weight; give both the same kind of distribution"
-            )
-        else:
-            _check_same_support(site, other)
-
-
-def _check_same_support(site: Site, prior: Site) -> None:
-    """Refuse a guide that misses a part of its prior's support, where nothing is drawn, or that leaves it.
-
-    Densities outside their support are zero, NaN or, with Pyro's validation off, finite numbers without a meaning.
-    Intervals are compared by their ends, other sets by draws.
-    """
-    covered, whole = site.interval, prior.interval
-    if covered is None or whole is None:
-        # Spheres, simplices and other sets: draws of the one must lie in the other.
-        narrower = not bool(site.fn.support.check(prior.fn.sample()).all())
-        wider = not bool(prior.fn.support.check(site.drawn).all())
-    else:
-        lower, upper = (torch.as_tensor(mine) - theirs for mine, theirs in zip(covered, whole, strict=True))
-        # Two infinite ends give NaN, which is neither above nor below zero.
-        narrower, wider = bool(((lower > 0) | (upper < 0)).any()), bool(((lower < 0) | (upper > 0)).any())
-    if narrower or wider:
-        fault = "never draws from a part of it" if narrower else "draws outside it, where weights are zero or undefined"
-        raise ValueError(
-            f"site '{site.name}': the guide's {site.family} has support {_set(site)}, the prior's {prior.family} "
-            f"{_set(prior)}, and the guide {fault}; give both the same support, e.g. a "
-            "LogNormal guide for a positive site, or the same family for both"
-        )
-
-
-def _set(site: Site) -> str:
-    """Name a site's support: the first entry's ends for an interval."""
-    if site.interval is None:
-        return str(site.entry_support)
-    low, high = (float(torch.as_tensor(end).flatten()[0]) for end in site.interval)
-    return f"[{low:.4g}, {high:.4g}]"
 
 
 def _programs(pair: Pair) -> tuple[Callable[..., Any], Callable[..., Any]]:

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_vae.pair.checks import check_conditions
-from pyro_vae.pair.contract import check_parameters
+from pyro_vae.inspection.contract import check_parameters
+from pyro_vae.inspection.data import check_conditions
+from pyro_vae.inspection.observed import dependent_on_draws, model_on_few
 from pyro_vae.pair.modes import device_of, drawing
-from pyro_vae.pair.observed import dependent_on_draws, model_on_few
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.trace import run_model, site_of_x
 from pyro_vae.runtime.threads import one_at_a_time

@@ -8,9 +8,9 @@ import torch
 from pyro.distributions import MaskedDistribution
 from torch import Tensor
 
-from pyro_vae.pair.inspection import inspect
+from pyro_vae.inspection import inspect
+from pyro_vae.inspection.observed import dependent_on_x
 from pyro_vae.pair.modes import drawing, to_pair
-from pyro_vae.pair.observed import dependent_on_x
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.site import Site
 from pyro_vae.pair.trace import PairTrace, run_guide, run_model, trace_pair

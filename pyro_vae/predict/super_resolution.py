@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_vae.pair.checks import check_tensor, refuse_outside
+from pyro_vae.inspection.data import check_tensor, refuse_outside
+from pyro_vae.inspection.observed import find_x
 from pyro_vae.pair.modes import drawing
-from pyro_vae.pair.observed import find_x
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.trace import run_model, run_program
 from pyro_vae.pair.weights import weight_sums

@@ -152,7 +152,7 @@ def remember_seeds(pair: Pair, seeds: Seeds) -> None:
 def as_batch(data: Data) -> tuple[Tensor, ...]:
     """Return ``x`` and the conditions as a tuple: of a data set, its training images, of torch's, its tensors.
 
-    Whatever else the caller passes is one thing, for :func:`~pyro_vae.pair.checks.check_batch` to name.
+    Whatever else the caller passes is one thing, for :func:`~pyro_vae.inspection.data.check_batch` to name.
     """
     if isinstance(data, DataSet | GraphData):
         return (data.train,)

@@ -10,10 +10,9 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_vae.pair.checks import programs_after
-from pyro_vae.pair.inspection import inspect
+from pyro_vae.inspection import inspect
 from pyro_vae.pair.modes import to_pair
-from pyro_vae.pair.pair import Pair
+from pyro_vae.pair.pair import Pair, programs_after
 from pyro_vae.runtime.threads import one_at_a_time
 
 __all__ = ["ExpectationMaximisation", "HasExactSteps", "em"]

@@ -17,9 +17,9 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 
 from pyro_vae.capture.program import Capture, check_capture
+from pyro_vae.inspection import Inspection, inspect
 from pyro_vae.objectives.bounds import elbo
 from pyro_vae.objectives.loss import WEIGHED, Loss, check_is_loss, check_loss
-from pyro_vae.pair.inspection import Inspection, inspect
 from pyro_vae.pair.modes import kept_in_evaluation, normalises, rehearsal, remember_kept
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.trace import trace_pair

@@ -13,7 +13,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.pair.annealed import annealed
+from pyro_vae.networks.annealed import annealed
 from pyro_vae.pair.modes import device_of, kept_in_evaluation, normalises, to_training
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.trace import site_terms

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 import pyro_vae as pv
 from pyro_vae.conditionals.scales import LearnedScale
+from pyro_vae.inspection import inspect
 from pyro_vae.models import VAE, LinearGaussianMixtureVAE, LinearGaussianVAE
 from pyro_vae.objectives.bounds import elbo, iwae
 from pyro_vae.objectives.loss import check_loss
-from pyro_vae.pair.inspection import inspect
 from pyro_vae.training.run_folder import load_state
 from tests.support.off_guides import WrongScale
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import pyro_vae as pv
+from pyro_vae.inspection import inspect
 from pyro_vae.models import SRVAE, VAE, LinearGaussianMixtureVAE, LinearGaussianVAE, LinearTwoStageVAE
-from pyro_vae.pair.inspection import inspect
 from pyro_vae.runtime.memory import CountBytes, block_size, chunk_sizes
 from tests.support.off_guides import WrongScale
 from tests.support.repetitions import repetitions

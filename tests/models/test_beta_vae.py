@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 import pyro_vae as pv
 from pyro_vae.cli.recipes.beta_vae import BetaVAERecipe
+from pyro_vae.inspection import inspect
 from pyro_vae.models import VAE, BetaVAE
 from pyro_vae.objectives.bounds import capacity_elbo, elbo
 from pyro_vae.objectives.loss import check_loss
-from pyro_vae.pair.inspection import inspect
 from pyro_vae.pair.terms import LogTerms
 
 # Sums of a few dozen terms of order ten in float64.

@@ -17,10 +17,10 @@ import pyro_vae as pv
 from pyro_vae.cli.recipes.categorical_vae import CategoricalVAERecipe
 from pyro_vae.data import DataSet
 from pyro_vae.distributions.one_hot import OneHots, RelaxedOneHots
+from pyro_vae.inspection import inspect
 from pyro_vae.models import CategoricalVAE
 from pyro_vae.objectives.bounds import elbo
 from pyro_vae.objectives.loss import check_loss
-from pyro_vae.pair.inspection import inspect
 
 # Sums of a few hundred terms of order ten in float64.
 ROUNDING = {"rtol": 1e-10, "atol": 1e-10}

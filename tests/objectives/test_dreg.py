@@ -13,10 +13,10 @@ from pyro.distributions import transforms
 from torch import Tensor, nn
 
 import pyro_vae as pv
+from pyro_vae.inspection import inspect
 from pyro_vae.models import VAE, LinearGaussianMixtureVAE, LinearGaussianVAE
 from pyro_vae.objectives.bounds import iwae
 from pyro_vae.objectives.loss import check_loss
-from pyro_vae.pair.inspection import inspect
 
 
 class Chain(pv.Pair):

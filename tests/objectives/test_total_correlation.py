@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 import pyro_vae as pv
+from pyro_vae.inspection import inspect
 from pyro_vae.models import VAE, LinearGaussianMixtureVAE
 from pyro_vae.objectives.bounds import beta_elbo, elbo
 from pyro_vae.objectives.loss import check_loss
 from pyro_vae.objectives.total_correlation import stratified_log_weights
-from pyro_vae.pair.inspection import inspect
 from pyro_vae.training.captured_step import captured_step
 from pyro_vae.training.step import eager_step
 

@@ -16,8 +16,8 @@ from pyro import poutine
 from torch import Tensor, nn
 
 import pyro_vae as pv
+from pyro_vae.inspection.data import check_batch
 from pyro_vae.models import LinearGaussianMixtureVAE, LinearGaussianVAE, LinearTwoStageVAE
-from pyro_vae.pair.checks import check_batch
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.trace import log_terms, site_terms
 

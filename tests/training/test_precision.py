@@ -14,8 +14,8 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 
 import pyro_vae as pv
+from pyro_vae.inspection import inspect
 from pyro_vae.models import VAE
-from pyro_vae.pair.inspection import inspect
 from pyro_vae.pair.trace import trace_pair
 from pyro_vae.runtime.files import read_json
 from pyro_vae.training.captured_step import captured_step

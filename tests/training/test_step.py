@@ -14,11 +14,11 @@ from pyro.infer import ELBO, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_E
 from torch import Tensor, nn
 
 import pyro_vae as pv
+from pyro_vae.inspection import inspect
 from pyro_vae.models import VAE, LinearGaussianMixtureVAE, LinearGaussianVAE
 from pyro_vae.objectives.bounds import elbo, iwae
 from pyro_vae.objectives.loss import check_loss
 from pyro_vae.pair.handlers import scaled_latents
-from pyro_vae.pair.inspection import inspect
 from pyro_vae.pair.terms import LogTerms
 from pyro_vae.pair.trace import log_terms, site_terms
 from pyro_vae.training.step import NonFiniteLossError, eager_step, non_finite_sites

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pyro_vae as pv
+from pyro_vae.inspection import inspect
 from pyro_vae.likelihood.estimate import likelihood_notes
-from pyro_vae.pair.inspection import inspect
 
 SIZE = 4
 CALLS: dict[str, Callable[..., Any]] = {

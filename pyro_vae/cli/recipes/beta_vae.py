@@ -10,8 +10,8 @@ from pyro_vae.cli.recipes.recipe import ImageRecipe
 from pyro_vae.conditionals.priors import StandardNormal
 from pyro_vae.data import DataSet
 from pyro_vae.models.beta_vae import BetaVAE
+from pyro_vae.networks.annealed import Annealed
 from pyro_vae.objectives.loss import Loss
-from pyro_vae.pair.annealed import Annealed
 
 __all__ = ["BetaVAERecipe"]
 

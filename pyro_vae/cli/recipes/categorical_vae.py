@@ -12,7 +12,7 @@ from pyro_vae.cli.recipes.recipe import ImageRecipe
 from pyro_vae.conditionals.categorical import GumbelSoftmax, OneHotPrior
 from pyro_vae.data import DataSet
 from pyro_vae.models.categorical_vae import CategoricalVAE
-from pyro_vae.pair.annealed import Annealed
+from pyro_vae.networks.annealed import Annealed
 
 __all__ = ["CategoricalVAERecipe"]
 

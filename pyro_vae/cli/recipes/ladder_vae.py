@@ -10,8 +10,8 @@ from pyro_vae.cli.recipes.common import LikelihoodName, make_likelihood
 from pyro_vae.cli.recipes.recipe import ImageRecipe
 from pyro_vae.data import DataSet
 from pyro_vae.models.ladder_vae import LadderVAE
+from pyro_vae.networks.annealed import Annealed
 from pyro_vae.objectives.bounds import Objective, free_bits
-from pyro_vae.pair.annealed import Annealed
 
 __all__ = ["LadderVAERecipe"]
 

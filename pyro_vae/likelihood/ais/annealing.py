@@ -11,10 +11,10 @@ import torch
 from scipy.stats import t as student
 from torch import Tensor
 
+from pyro_vae.inspection import inspect
 from pyro_vae.likelihood.ais.hmc import HMC, tuned_steps
 from pyro_vae.likelihood.ais.path import AnnealingPath, Start
 from pyro_vae.likelihood.ais.temperatures import Schedule, sigmoidal_schedule
-from pyro_vae.pair.inspection import inspect
 from pyro_vae.pair.modes import device_of, evaluation
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.weights import WeightSums, weight_sums

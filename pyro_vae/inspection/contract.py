@@ -17,20 +17,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_vae.pair.checks import check_masks
+from pyro_vae.pair.agreement import AUTOMATIC, check_masks, check_measures, check_same_latents
 from pyro_vae.pair.failures import COARSE, TOO_COARSE, automatic_guide
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.site import Site
-from pyro_vae.pair.trace import (
-    AUTOMATIC,
-    PairTrace,
-    check_measures,
-    check_same_latents,
-    run_guide,
-    run_model,
-    site_of_x,
-    trace_pair,
-)
+from pyro_vae.pair.trace import PairTrace, run_guide, run_model, site_of_x, trace_pair
 
 __all__ = ["check_contract", "check_parameters", "couples_in_training", "probe", "trace_few", "without_gradient"]
 
@@ -93,7 +84,7 @@ def check_contract(pair: Pair, batch: tuple[Tensor, ...], trace: PairTrace) -> N
         ValueError: naming the site, and the module where it can be found, and the way out.
     """
     _check_sites(trace)
-    check_measures(trace)
+    check_measures(trace.guide, trace.model)
     check_masks(trace.guide, trace.model)
     with _tidy_store() as stored:
         _check_leaves(pair, batch, stored)

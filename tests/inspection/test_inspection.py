@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import pyro_vae as pv
+from pyro_vae.inspection import data, inspect
 from pyro_vae.models import VAE, CategoricalVAE
-from pyro_vae.pair import checks
-from pyro_vae.pair.inspection import inspect
 
 
 class Counted(VAE):
@@ -111,13 +110,13 @@ CALLS: dict[str, Any] = {
 @pytest.mark.parametrize("call", CALLS)
 def test_data_are_scanned_for_nan_once(monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     scanned: Counter[int] = Counter()
-    check = checks.check_finite
+    check = data.check_finite
 
     def counted(x: Tensor, argument: str) -> None:
         scanned[len(x)] += 1
         check(x, argument)
 
-    monkeypatch.setattr(checks, "check_finite", counted)
+    monkeypatch.setattr(data, "check_finite", counted)
     CALLS[call](Counted(), torch.randn(64, 4))
     assert scanned == {64: 1}
 

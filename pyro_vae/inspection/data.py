@@ -18,9 +18,7 @@ __all__ = [
     "check_conditions",
     "check_finite",
     "check_kind",
-    "check_masks",
     "check_tensor",
-    "programs_after",
     "refuse_outside",
 ]
 
@@ -127,27 +125,6 @@ def check_finite(x: Tensor, argument: str) -> None:
         )
 
 
-def check_masks(guide: Mapping[str, Site], model: Mapping[str, Site]) -> None:
-    """Refuse a latent that one program scores and the other masks: its log-densities would not cancel.
-
-    Raises:
-        ValueError: naming the site.
-    """
-    for name, site in guide.items():
-        other = model[name]
-        if site.scored is None and other.scored is None:
-            continue
-        ours, theirs = (
-            torch.ones_like(site.value, dtype=torch.bool) if scored is None else scored.expand_as(site.value)
-            for scored in (site.scored_value, other.scored_value)
-        )
-        if not torch.equal(ours, theirs):
-            raise ValueError(
-                f"site '{name}' is masked otherwise in the guide than in the model: a weight would hold one of its "
-                "log-densities without the other; put the same mask on both"
-            )
-
-
 def check_conditions(pair: Pair, model: Mapping[str, Site], few: tuple[Tensor, ...], batch: tuple[Tensor, ...]) -> None:
     """Refuse conditions that the model observes outside their sites' supports, e.g. a fourth of three labels.
 
@@ -221,21 +198,6 @@ def refuse_outside(
         f"{argument} has {count} values outside the support of site '{site.name}' ({support}), the first{shown} at "
         f"index {first}: {advice}"
     )
-
-
-def programs_after(pair: Pair, method: str) -> list[str]:
-    """Return the programs of a pair that are defined nearer to it than a method that knows them by heart.
-
-    Such a method, e.g. a loss in closed form, belongs to the programs of the class that it was inherited from.
-    """
-    return [name for name in ("model", "guide") if _distance(pair, name) < _distance(pair, method)]
-
-
-def _distance(pair: Pair, name: str) -> int:
-    """Return how many classes lie between a pair and the definition of an attribute; -1 for one of its instance."""
-    if name in vars(pair):
-        return -1
-    return next(i for i, cls in enumerate(type(pair).__mro__) if name in vars(cls))
 
 
 def _parts(x: Tensor) -> tuple[Tensor, ...]:

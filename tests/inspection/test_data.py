@@ -45,7 +45,7 @@ def test_data_outside_the_support_are_refused_wherever_they_enter(use: Any) -> N
 
 @pytest.mark.parametrize("entries", [1, 16, 40, 2**20])
 def test_data_looked_at_in_parts_are_counted_as_a_whole(entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pyro_vae.pair.checks.ENTRIES", entries)
+    monkeypatch.setattr("pyro_vae.inspection.data.ENTRIES", entries)
     x = torch.ones(5, 1, 4, 4)
     x[2, 0, 1, 3] = x[4, 0, 0, 0] = 0.4
     with pytest.raises(ValueError, match=r"2 values outside .* 0\.4 at index \(2, 0, 1, 3\)"):
