@@ -9,7 +9,8 @@ from pyro.distributions import MixtureSameFamily
 from torch import Tensor
 
 from pyro_vae.inspection import inspect
-from pyro_vae.inspection.contract import couples_in_training, without_gradient
+from pyro_vae.inspection.contract import couples_in_training
+from pyro_vae.inspection.leaves import without_gradient
 from pyro_vae.pair.modes import drawing, rehearsal
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.trace import PairTrace, log_terms

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from numbers import Real
@@ -10,11 +10,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyro
 import rich.progress
 import torch
 from pyro.infer import Trace_ELBO
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_vae.capture.program import Capture, check_capture
 from pyro_vae.inspection import Inspection, inspect
@@ -41,6 +40,16 @@ from pyro_vae.training.arguments import (
     split,
 )
 from pyro_vae.training.captured_step import captured_step
+from pyro_vae.training.optimizers import (
+    MakeOptimizer,
+    MakeScheduler,
+    check_moves_all,
+    described,
+    described_schedule,
+    make_optimizer,
+    make_schedule,
+    rate_of,
+)
 from pyro_vae.training.precision import Precision, check_precision, to_precision
 from pyro_vae.training.run_folder import RunFolder
 from pyro_vae.training.step import Step, eager_step
@@ -48,14 +57,8 @@ from pyro_vae.training.trainer import NonFiniteBatchError, Trainer
 
 __all__ = ["Run", "fit"]
 
-MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-MakeScheduler = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
 # Capturing a program takes about as long as this many small steps: "auto" waits until a kind of step has come as often.
 STEPS_BEFORE_CAPTURE = 50
-# Learning rate of the default optimiser.
-RATE = 1e-3
-# Attributes of an ELBO that decide which loss it is.
-NUMBERS_OF_A_LOSS = ("alpha", "beta", "gamma", "data_size", "num_particles", "self_links")
 
 
 class Run(NamedTuple):
@@ -192,11 +195,11 @@ def fit(
     settings.check(train, held_out, epochs=epochs, processes=processes.size)
     _check_one_datum(inspection, settings)
     check_loss(inspection, loss, train, num_particles=num_particles, uses_beta=settings.uses_beta)
-    update = _optimizer(optimizer, list(pair.to(target).parameters()), lr)
-    _check_moves_all(pair, update)
+    update = make_optimizer(optimizer, list(pair.to(target).parameters()), lr)
+    check_moves_all(pair, update)
     # Before a scheduler moves it.
-    settings = replace(settings, lr=_rate(update))
-    schedule = None if scheduler is None else _schedule(scheduler, update, held_out is not None)
+    settings = replace(settings, lr=rate_of(update))
+    schedule = None if scheduler is None else make_schedule(scheduler, update, held_out is not None)
     identity = _identity(settings, loss, update, schedule, (train, held_out), precision or _dtype(pair), processes)
     in_bfloat16 = list(inspection.networks) if precision == "bf16-mixed" else []
     weighed = loss is elbo or isinstance(loss, WEIGHED)
@@ -280,44 +283,14 @@ def _identity(
     processes.check_same((train, held_out))
     return Identity(
         settings,
-        loss=_described(loss),
-        optimizer=_described(update),
-        scheduler=_described_schedule(schedule),
+        loss=described(loss),
+        optimizer=described(update),
+        scheduler=described_schedule(schedule),
         data=train,
         validation=held_out,
         precision=precision,
         processes=processes.size,
     )
-
-
-def _optimizer(make: MakeOptimizer | None, parameters: list[nn.Parameter], lr: float | None) -> torch.optim.Optimizer:
-    if make is None:
-        # Fused: one pass over parameters and moments instead of a dozen.
-        return torch.optim.Adam(parameters, lr=RATE if lr is None else lr, fused=True)
-    if isinstance(make, pyro.optim.PyroOptim) or not callable(make):
-        is_pyros = isinstance(make, pyro.optim.PyroOptim)
-        name = f"Pyro's {make.pt_optim_constructor.__name__}" if is_pyros else type(make).__name__
-        raise ValueError(
-            f"optimizer is {name}; it must be a function that makes one from the pair's "
-            "parameters: lambda parameters: torch.optim.Adam(parameters, lr=1e-3)"
-        )
-    if lr is None:
-        update = make(parameters)
-    elif isinstance(make, type) and issubclass(make, torch.optim.Optimizer):
-        update = make(parameters, lr=lr)  # type: ignore[call-arg]
-    else:
-        raise ValueError(
-            f"lr is {lr}, and optimizer is a function, which sets the learning rate itself: leave lr out, and set it "
-            f"there: lambda parameters: torch.optim.Adam(parameters, lr={lr})"
-        )
-    if not isinstance(update, torch.optim.Optimizer):
-        raise ValueError(
-            f"optimizer gives {type(update).__name__}; it must make a torch optimiser from the pair's parameters: "
-            "lambda parameters: torch.optim.Adam(parameters, lr=1e-3)"
-        )
-    if isinstance(update, torch.optim.LBFGS):
-        raise ValueError("LBFGS evaluates its loss several times a step, on new draws each time: use another optimiser")
-    return update
 
 
 def _check_one_datum(inspection: Inspection, settings: Settings) -> None:
@@ -336,71 +309,6 @@ def _check_one_datum(inspection: Inspection, settings: Settings) -> None:
             "batch_size is 1, and the pair normalises by batches, which takes two data at least: raise batch_size, or "
             "put the norm in evaluation mode (norm.eval())"
         ) from error
-
-
-def _check_moves_all(pair: Pair, update: torch.optim.Optimizer) -> None:
-    """Refuse an optimiser that leaves out a trainable parameter, or moves one that no run folder would keep."""
-    moved = {id(parameter) for group in update.param_groups for parameter in group["params"]}
-    if missing := [name for name, p in pair.named_parameters() if p.requires_grad and id(p) not in moved]:
-        raise ValueError(
-            f"the optimiser leaves out {len(missing)} trainable parameters, the first '{missing[0]}': give it all of "
-            "them, or call requires_grad_(False) on those that are to stay as they are"
-        )
-    if moved - {id(parameter) for parameter in pair.parameters()}:
-        raise ValueError(
-            "the optimiser moves tensors that are no parameters of the pair: store them in the pair, as nn.Parameter"
-        )
-
-
-def _rate(update: torch.optim.Optimizer) -> float | None:
-    rate = update.param_groups[0].get("lr")
-    return None if rate is None else float(rate)
-
-
-def _schedule(
-    make: MakeScheduler, update: torch.optim.Optimizer, validates: bool
-) -> torch.optim.lr_scheduler.LRScheduler:
-    try:
-        is_a_maker = callable(make) and not isinstance(make, pyro.optim.PyroOptim)
-        schedule = make(update) if is_a_maker else None
-    except TypeError as error:
-        if not isinstance(make, type):
-            raise
-        raise ValueError(
-            f"scheduler is the class {make.__name__}, which asks for more than the optimiser ({error}): give a "
-            "function, as in lambda optimizer: CosineAnnealingLR(optimizer, 20)"
-        ) from error
-    if not isinstance(schedule, torch.optim.lr_scheduler.LRScheduler):
-        given = make if schedule is None else schedule
-        raise ValueError(
-            f"scheduler gives {type(given).__name__}; it must make a scheduler of torch.optim.lr_scheduler from the "
-            "optimiser: lambda optimizer: CosineAnnealingLR(optimizer, 20)"
-        )
-    if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau) and not validates:
-        raise ValueError("ReduceLROnPlateau follows the validation loss: pass validation data")
-    return schedule
-
-
-def _described_schedule(schedule: torch.optim.lr_scheduler.LRScheduler | None) -> str | None:
-    """Return a scheduler's name with its first numbers, and those of its parts; functions have none."""
-    if schedule is None:
-        return None
-    state = schedule.state_dict()
-    kept = sorted(name for name in state if not name.startswith("_") or name == "_milestones")
-    parts = [_described_schedule(part) or "" for part in getattr(schedule, "_schedulers", [])]
-    return f"{type(schedule).__name__}({', '.join([*(f'{name}={state[name]}' for name in kept), *parts])})"
-
-
-def _described(thing: object) -> str:
-    """Return the name of a loss or an optimiser with the numbers that a resumed run must share."""
-    if isinstance(thing, torch.optim.Optimizer):
-        numbers = {name: value for name, value in thing.defaults.items() if isinstance(value, (int, float, tuple))}
-    elif isinstance(thing, pyro.infer.ELBO):
-        # Other attributes say how the value is computed, and some change during training.
-        numbers = {name: value for name, value in vars(thing).items() if name in NUMBERS_OF_A_LOSS}
-    else:
-        return getattr(thing, "__name__", type(thing).__name__)
-    return f"{type(thing).__name__}({', '.join(f'{name}={value}' for name, value in sorted(numbers.items()))})"
 
 
 def _steps(trainer: Trainer, loss: Loss, capture: Capture, tell: Callable[[str], object] | None) -> tuple[Step, Step]:
