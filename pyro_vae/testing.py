@@ -9,8 +9,9 @@ from pyro.distributions import MixtureSameFamily
 from torch import Tensor
 
 from pyro_vae.inspection import inspect
-from pyro_vae.inspection.contract import couples_in_training
-from pyro_vae.inspection.leaves import without_gradient
+from pyro_vae.inspection.arrays import takes_arrays
+from pyro_vae.inspection.contract.checks import couples_in_training
+from pyro_vae.inspection.contract.leaves import without_gradient
 from pyro_vae.pair.modes import drawing, rehearsal
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.trace import PairTrace, log_terms
@@ -28,6 +29,7 @@ class Finding(NamedTuple):
 
 
 @one_at_a_time
+@takes_arrays
 def check_pair(pair: Pair, batch: Tensor | tuple[Tensor, ...]) -> list[Finding]:
     """Check a pair against the contract that every function of the package relies on.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from pyro_vae._version import __version__
 from pyro_vae.diagnostics.arviz_containers import elpd_data, inference_data
 from pyro_vae.inspection import inspect
+from pyro_vae.inspection.arrays import takes_arrays
 from pyro_vae.inspection.observed import dependent_on_draws
 from pyro_vae.likelihood.estimate import LogLikelihood
 from pyro_vae.likelihood.psis import trust_threshold
@@ -29,6 +30,7 @@ IMAGE_AXES = ("channel", "row", "column")
 
 
 @one_at_a_time
+@takes_arrays
 def to_arviz(
     pair: Pair,
     *batch: Tensor,

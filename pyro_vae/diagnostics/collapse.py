@@ -13,6 +13,7 @@ from pyro_vae.conditionals.scales import Scale
 from pyro_vae.diagnostics.mutual_information import MutualInformation, mutual_information
 from pyro_vae.distributions.mixtures import GaussianMixture
 from pyro_vae.inspection import inspect
+from pyro_vae.inspection.arrays import takes_arrays
 from pyro_vae.pair.modes import chunks, drawing, to_pair
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.site import Site
@@ -86,6 +87,7 @@ class CollapseReport(NamedTuple):
 
 
 @one_at_a_time
+@takes_arrays
 def collapse_report(pair: Pair, *batch: Tensor, num_particles: int = 10, seed: int | None = None) -> CollapseReport:
     """Report the information about x in each latent site, and the sites that have collapsed.
 

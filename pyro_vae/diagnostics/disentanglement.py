@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.inspection import inspect
+from pyro_vae.inspection.arrays import takes_arrays
 from pyro_vae.pair.modes import chunks, evaluation, to_pair
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.site import Site
@@ -38,6 +39,7 @@ class MutualInformationGap(NamedTuple):
 
 
 @one_at_a_time
+@takes_arrays
 def latent_means(pair: Pair, *batch: Tensor, site: str = "z") -> Tensor:
     """Return the guide's mean of a latent vector for each datum, the code for the metrics.
 

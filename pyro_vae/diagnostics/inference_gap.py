@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal, Normal
 
 from pyro_vae.inspection import inspect
+from pyro_vae.inspection.arrays import takes_arrays
 from pyro_vae.likelihood.psis import trust_threshold
 from pyro_vae.likelihood.weights import WeightStream
 from pyro_vae.pair.modes import chunks, drawing, to_pair
@@ -73,6 +74,7 @@ class InferenceGap(NamedTuple):
 
 
 @one_at_a_time
+@takes_arrays
 def inference_gap(
     pair: Pair, *batch: Tensor, num_particles: int = 1000, steps: int = 1000, seed: int | None = None
 ) -> InferenceGap:

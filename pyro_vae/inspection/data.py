@@ -86,10 +86,8 @@ def _way_of(value: Any) -> str:
         return "its tensors, i.e. dataset.tensors"
     if isinstance(value, Dataset):
         return "its rows as tensors, e.g. torch.stack([row for row, *_ in dataset])"
-    if hasattr(value, "iloc"):
-        return "its numbers, torch.tensor(frame.to_numpy())"
-    if hasattr(value, "__array__"):
-        return "torch.from_numpy(array), in the pair's dtype"
+    if hasattr(value, "toarray"):
+        return "a dense array, by toarray()"
     if isinstance(value, (list, tuple)):
         if any(isinstance(each, Tensor) for each in value):
             return "its tensors as arguments of their own, x and then the conditions"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.utils._pytree import tree_leaves
 
-from pyro_vae.inspection.contract import check_contract, probe, trace_few
+from pyro_vae.inspection.contract.checks import check_contract, probe, trace_few
 from pyro_vae.inspection.data import check_batch, check_conditions, refuse_outside
 from pyro_vae.pair.modes import drawing, evaluation, rehearsal, to_pair
 from pyro_vae.pair.pair import Pair

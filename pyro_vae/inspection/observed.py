@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyro_vae.inspection.contract import probe
+from pyro_vae.inspection.contract.checks import probe
 from pyro_vae.pair.modes import drawing
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.site import Site

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_vae.capture.program import Capture, check_capture
 from pyro_vae.inspection import Inspection, inspect
+from pyro_vae.inspection.arrays import takes_arrays
 from pyro_vae.likelihood.blocks import Blocks, data_hashes, single
 from pyro_vae.likelihood.captured import LogWeights, captured_blocks
 from pyro_vae.likelihood.estimate import LogLikelihood
@@ -30,6 +31,7 @@ __all__ = ["log_likelihood", "naive_log_likelihood"]
 
 
 @one_at_a_time
+@takes_arrays
 def log_likelihood(
     pair: Pair,
     *batch: Tensor,
@@ -91,6 +93,7 @@ def log_likelihood(
 
 
 @one_at_a_time
+@takes_arrays
 def naive_log_likelihood(
     pair: Pair,
     *batch: Tensor,

@@ -10,6 +10,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from pyro_vae.distributions.mixture_kl import MixtureKL, convex_kl_bound
+from pyro_vae.inspection.arrays import takes_arrays
 from pyro_vae.pair.modes import drawing, to_pair
 from pyro_vae.pair.pair import Pair, programs_after
 from pyro_vae.pair.trace import trace_pair
@@ -42,6 +43,7 @@ def has_closed_form(pair: Pair) -> bool:
 
 
 @one_at_a_time
+@takes_arrays
 def analytic_loss(
     pair: Pair, *batch: Tensor, num_particles: int = 1, mixture_kl: MixtureKL = convex_kl_bound
 ) -> AnalyticLoss:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.inspection import Inspection
+from pyro_vae.inspection.arrays import takes_arrays
 from pyro_vae.objectives.loss import PairLoss
 from pyro_vae.pair.pair import Pair, Program
 from pyro_vae.pair.site import Site
@@ -33,6 +34,7 @@ class DivergenceSplit(NamedTuple):
 
 
 @one_at_a_time
+@takes_arrays
 def divergence_split(
     pair: Pair, *batch: Tensor, data_size: int | None = None, num_particles: int = 1
 ) -> DivergenceSplit:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_vae.pair.pair import Pair
 
-__all__ = ["COARSE", "TOO_COARSE", "automatic_guide", "explained", "name_of_condition"]
+__all__ = ["COARSE", "TOO_COARSE", "automatic_guide", "explained", "invalid", "name_of_condition"]
 
 # Types too coarse for a log-density: bfloat16 has 8 bits, an error of a nat at 256.
 COARSE = (torch.float16, torch.bfloat16)
@@ -22,6 +22,10 @@ TOO_COARSE = (
 )
 # Pyro's words where a site's batch does not fit its plates.
 MISMATCH = re.compile(r"Shape mismatch inside plate\('(.+)'\) at site (\S+) dim (-?\d+), (\d+) vs (\d+)")
+# torch's words where a distribution is made of parameters outside their constraint.
+PARAMETER = re.compile(
+    r"Expected parameter (\w+) .*? of distribution (\w+)\(.*? satisfy the constraint (.+?), but", re.S
+)
 
 
 def explained(pair: Pair, failure: Exception, batch: tuple[Tensor, ...]) -> ValueError | None:
@@ -41,6 +45,10 @@ def explained(pair: Pair, failure: Exception, batch: tuple[Tensor, ...]) -> Valu
             "batch has the dimensions of particles and data alone; make those of one datum part of the event, e.g. "
             "dist.Normal(loc, scale).to_event(1), and leave particles and data apart"
         )
+    if found := PARAMETER.search(str(failure)):
+        parameter, family, constraint = found.groups()
+        given = f"a {family} of the pair was given its parameter '{parameter}'"
+        return ValueError(invalid(pair, given, constraint, is_nan="nan" in str(failure)))
     if names := sorted(_sampled_weights(pair)):
         return ValueError(
             f"{names} are drawn by PyroSample, a latent that all data share, and the pair fails to run with it "
@@ -48,6 +56,29 @@ def explained(pair: Pair, failure: Exception, batch: tuple[Tensor, ...]) -> Valu
             "with shared latents log p of the data is no sum over them"
         )
     return None
+
+
+def invalid(pair: Pair, given: str, constraint: object, *, is_nan: bool) -> str:
+    """Return the sentence on a distribution's parameter that is NaN or breaks its constraint.
+
+    Args:
+        pair: the pair.
+        given: which distribution was given which parameter.
+        constraint: where the parameter must lie.
+        is_nan: whether it is NaN.
+    """
+    if not is_nan:
+        return f"{given} outside {constraint}: map the network's outputs there, e.g. by softplus for a positive number"
+    broken = next((name for name, p in pair.named_parameters() if not bool(p.detach().isfinite().all())), None)
+    if broken is not None:
+        return (
+            f"{given} as NaN, since the pair's parameter '{broken}' is not finite: load parameters from before it "
+            "became so, or train anew with a smaller lr"
+        )
+    return (
+        f"{given} as NaN, though the pair's parameters and the data are finite: look for an operation without a value, "
+        "e.g. the logarithm or root of a negative number, or a division by zero"
+    )
 
 
 def automatic_guide(pair: Pair) -> str:

@@ -6,9 +6,9 @@ Outside ``pyro_vae.pair``, read a :class:`Site` in place of Pyro's site dictiona
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pyro.distributions import Delta, Independent, MaskedDistribution, Unit, VonMises
@@ -20,6 +20,7 @@ from torch.distributions import constraints
 
 __all__ = ["DATA", "PARTICLES", "ExactSite", "Site", "bare", "exact", "is_point_mass", "scored_entries", "sites_of"]
 
+R = TypeVar("R")
 # Names of the two plates that a site's value and log-density are laid out by.
 PARTICLES, DATA = "particles", "data"
 # Exact types: a subclass, e.g. OneHots of Independent, is a family of its own.
@@ -189,10 +190,22 @@ class Site:
             ValueError: for a site outside the data plate, and for a batch dimension that belongs to no plate.
         """
         self._check_data_plate()
-        log_prob = scale_and_mask(self.fn.log_prob(self.drawn), 1.0, self._node["mask"])
+        log_prob = scale_and_mask(self._scored_by(self.fn.log_prob), 1.0, self._node["mask"])
         self._check_batch_shape(log_prob.shape)
         others = self._other_dims(log_prob.dim())
         return log_prob.sum(others) if others else log_prob
+
+    def _scored_by(self, score: Callable[[Tensor], R]) -> R:
+        """Return a score of the value; name the site if torch's validation finds the value outside the support."""
+        try:
+            return score(self.drawn)
+        except ValueError as error:
+            if "within the support" not in str(error):
+                raise
+            raise ValueError(
+                f"site '{self.name}' has values outside the support of its {self.family}, {self.entry_support}: pass "
+                "such values, or give the site a distribution of the values it has"
+            ) from error
 
     def check_plates(self) -> None:
         """Refuse a site outside the data plate, and a batch dimension that belongs to no plate.
@@ -329,7 +342,7 @@ class ExactSite(Site):
     def _entries(self) -> tuple[Tensor, int]:
         """Log-densities of the entries, masked, in the program's order, and the number of their event dimensions."""
         self._check_data_plate()
-        entries, count = _entry_log_probs(self.fn, self.drawn)
+        entries, count = self._scored_by(lambda value: _entry_log_probs(self.fn, value))
         return _masked(entries, self._node["mask"], count), count
 
     @cached_property

@@ -20,6 +20,7 @@ from pyro_vae.pair.handlers import DrawObserved, HoldLatents
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.site import PARTICLES, Site, sites_of
 from pyro_vae.pair.terms import LogTerms, SiteTerms
+from pyro_vae.runtime.scalars import whole
 from pyro_vae.runtime.threads import one_at_a_time
 
 __all__ = [
@@ -191,6 +192,7 @@ def pyro_traces(
     pair: Pair, model: Callable[..., Any], guide: Callable[..., Any], *batch: Tensor, num_particles: int
 ) -> tuple[Trace, Trace]:
     """Return Pyro's traces of the guide and of the replayed model, for Pyro's ELBOs."""
+    num_particles = whole(num_particles, "num_particles")
     if num_particles < 1:
         raise ValueError(f"num_particles is {num_particles}; it counts draws per datum and must be at least 1")
     try:

@@ -8,12 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_vae.inspection.contract import check_parameters
+from pyro_vae.inspection.arrays import takes_arrays
+from pyro_vae.inspection.contract.checks import check_parameters
 from pyro_vae.inspection.data import check_conditions
 from pyro_vae.inspection.observed import dependent_on_draws, model_on_few
 from pyro_vae.pair.modes import device_of, drawing
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.trace import run_model, site_of_x
+from pyro_vae.runtime.scalars import whole
 from pyro_vae.runtime.threads import one_at_a_time
 
 __all__ = ["Generated", "generate", "placeholder_for"]
@@ -28,6 +30,7 @@ class Generated(NamedTuple):
 
 
 @one_at_a_time
+@takes_arrays
 def generate(
     pair: Pair,
     num_samples: int,
@@ -60,6 +63,7 @@ def generate(
     >>> generate(pv.models.LinearGaussianVAE(5, 2), 64).x.shape
     torch.Size([64, 5])
     """
+    num_samples = whole(num_samples, "num_samples")
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}; it must be at least 1")
     placeholder = placeholder_for(pair, num_samples)

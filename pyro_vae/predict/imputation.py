@@ -9,6 +9,7 @@ from pyro.distributions import MaskedDistribution
 from torch import Tensor
 
 from pyro_vae.inspection import inspect
+from pyro_vae.inspection.arrays import takes_arrays
 from pyro_vae.inspection.observed import dependent_on_x
 from pyro_vae.pair.modes import drawing, to_pair
 from pyro_vae.pair.pair import Pair
@@ -51,6 +52,7 @@ class Imputation(NamedTuple):
 
 
 @one_at_a_time
+@takes_arrays
 def impute(
     pair: Pair,
     x: Tensor,

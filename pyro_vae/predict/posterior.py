@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from pyro_vae.inspection import inspect
+from pyro_vae.inspection.arrays import takes_arrays
 from pyro_vae.pair.modes import drawing, to_pair
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.trace import trace_pair
 from pyro_vae.runtime.memory import MEBIBYTE, chunk_sizes
+from pyro_vae.runtime.scalars import whole
 from pyro_vae.runtime.threads import one_at_a_time
 
 __all__ = ["Posterior", "Reconstruction", "posterior", "reconstruct"]
@@ -32,6 +34,7 @@ class Posterior(NamedTuple):
 
 
 @one_at_a_time
+@takes_arrays
 def reconstruct(pair: Pair, *batch: Tensor, num_particles: int = 1, seed: int | None = None) -> Reconstruction:
     """Encode data and decode them again.
 
@@ -59,6 +62,7 @@ def reconstruct(pair: Pair, *batch: Tensor, num_particles: int = 1, seed: int | 
 
 
 @one_at_a_time
+@takes_arrays
 def posterior(
     pair: Pair, *batch: Tensor, num_particles: int = 100, memory: int = 512 * MEBIBYTE, seed: int | None = None
 ) -> Posterior:
@@ -83,6 +87,7 @@ def posterior(
     >>> posterior(pv.models.LinearGaussianVAE(5, 2), torch.zeros(3, 5), num_particles=4).latents["z"].shape
     torch.Size([4, 3, 2])
     """
+    num_particles = whole(num_particles, "num_particles")
     if num_particles < 1:
         raise ValueError(f"num_particles is {num_particles}; it counts draws per datum and must be at least 1")
     inspect(pair, batch)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
+from pyro import poutine
 from torch import Tensor
 
-from pyro_vae.inspection.data import check_tensor, refuse_outside
+from pyro_vae.inspection import inspect
+from pyro_vae.inspection.arrays import takes_arrays
+from pyro_vae.inspection.data import check_tensor
 from pyro_vae.inspection.observed import find_x
 from pyro_vae.pair.modes import drawing
 from pyro_vae.pair.pair import Pair
@@ -67,7 +71,38 @@ class SuperResolution(NamedTuple):
         return self.samples[chosen, torch.arange(chosen.shape[1], device=chosen.device)]
 
 
+class _LowResolution(Pair):
+    """The first stage of a pair: p(y, u) and q(u | y), without the sites of the model that come after them.
+
+    Args:
+        pair: a pair with a low-resolution stage.
+        latents: the sites of its low-resolution guide.
+    """
+
+    def __init__(self, pair: Pair, latents: Iterable[str]) -> None:
+        super().__init__()
+        self.latents = tuple(latents)
+        self.pair, self.x_shape, self.x_dtype = pair, tuple(pair.y_shape), pair.x_dtype  # type: ignore[arg-type,misc]
+        self.max_plate_nesting = pair.max_plate_nesting  # type: ignore[misc]
+
+    def model(self, y: Tensor) -> None:
+        to_come = {"y", *self.latents}
+
+        def comes_after(site: dict[str, Any]) -> bool:
+            after = not to_come
+            to_come.discard(site["name"])
+            return after
+
+        with poutine.block(hide_fn=comes_after), poutine.condition(data={"y": y}):
+            self.pair.model(placeholder_for(self.pair, len(y)))
+
+    def guide(self, y: Tensor) -> None:
+        low_resolution: Any = self.pair.low_resolution_guide
+        low_resolution(y)
+
+
 @one_at_a_time
+@takes_arrays
 def super_resolve(pair: Pair, y: Tensor, *, num_samples: int = 16, seed: int | None = None) -> SuperResolution:
     """Draw many high-resolution images for each low-resolution one.
 
@@ -84,7 +119,7 @@ def super_resolve(pair: Pair, y: Tensor, *, num_samples: int = 16, seed: int | N
         :class:`SuperResolution`.
 
     Raises:
-        ValueError: for a pair without a low-resolution stage, K < 1, and bad images.
+        ValueError: for a pair without a low-resolution stage or one that breaks its contract, K < 1, and bad images.
     """
     if not hasattr(pair, "low_resolution_guide"):
         raise ValueError(f"{type(pair).__name__} has no low-resolution stage: super_resolve needs a pair such as SRVAE")
@@ -101,11 +136,13 @@ def super_resolve(pair: Pair, y: Tensor, *, num_samples: int = 16, seed: int | N
     check_tensor(y, placeholder.dtype, "y")
     y = y.to(placeholder.device)
     name_of_x = find_x(pair, placeholder).name
+    with drawing(pair, seed=0):
+        latents = run_program(pair, low_resolution, y[:1])
+    inspect(_LowResolution(pair, latents), (y,), "y")
     with drawing(pair, seed):
         guide = run_program(pair, low_resolution, y, num_particles=num_samples)
         values = {"y": y} | {name: site.drawn for name, site in guide.items()}
         model = run_model(pair, placeholder, num_particles=num_samples, values=values, draw=(name_of_x,))
-        refuse_outside(model["y"], y, "y")
         x = model[name_of_x]
         log_weights: Any = sum(model[name].log_prob for name in values) - sum(s.log_prob for s in guide.values())
         # One draw has no spread; torch would warn.

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 import torch
 
+from pyro_vae.runtime.scalars import whole
+
 __all__ = ["derived_seed", "fresh_seed", "own_random_state", "seed_generators"]
 
 
@@ -51,7 +53,7 @@ def own_random_state(seed: int | None, device: torch.device | None = None) -> It
     True
     """
     devices = [device] if device is not None and device.type == "cuda" else []
-    seed = fresh_seed() if seed is None else seed
+    seed = fresh_seed() if seed is None else whole(seed, "seed")
     with torch.random.fork_rng(devices):
         seed_generators(seed, device)
         yield

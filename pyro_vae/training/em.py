@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.inspection import inspect
+from pyro_vae.inspection.arrays import takes_arrays
 from pyro_vae.pair.modes import to_pair
 from pyro_vae.pair.pair import Pair, programs_after
 from pyro_vae.runtime.threads import one_at_a_time
@@ -49,6 +50,7 @@ class ExpectationMaximisation(NamedTuple):
 
 
 @one_at_a_time
+@takes_arrays
 def em(pair: Pair, x: Tensor, *, steps: int = 200, tolerance: float = 1e-7) -> ExpectationMaximisation:
     """Train a pair by expectation–maximisation, coordinate ascent on its ELBO.
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyro_vae.capture.program import Capture, check_capture
 from pyro_vae.inspection import Inspection, inspect
+from pyro_vae.inspection.arrays import takes_arrays
 from pyro_vae.objectives.bounds import elbo
 from pyro_vae.objectives.loss import WEIGHED, Loss, check_is_loss, check_loss
 from pyro_vae.pair.modes import kept_in_evaluation, normalises, rehearsal, remember_kept
@@ -74,6 +75,7 @@ class Run(NamedTuple):
 
 
 @one_at_a_time
+@takes_arrays
 def fit(
     pair: Pair,
     data: Data,

@@ -51,6 +51,7 @@ def test_the_table_holds_the_numbers() -> None:
         ("particles per datum, K", "100"),
         ("median effective sample size", "60.0"),
         ("data with k̂ above 0.50", "50.0 %"),
+        ("error bars", "too small: k̂ above 0.50 for 50.0 % of data"),
         ("largest k̂: datum (k̂)", "1 (0.90), 3 (0.55), 0 (0.40)"),
         ("L_1 ± Monte Carlo error", "-4.000 ± 0.0100 nats"),
         ("L_2 ± Monte Carlo error", "-3.500 ± 0.0200 nats"),

@@ -405,3 +405,52 @@ def test_a_gaussian_of_another_kind_is_not_called_something_else() -> None:
     with pytest.raises(ValueError, match="is LowRankMultivariateNormal: the divergence is closed here for") as error:
         pv.convex_kl_bound(q, pv.MixtureOfGaussians(2, 2)())
     assert "no Gaussian" not in str(error.value)
+
+
+# Words of Pyro and torch.
+
+
+def test_values_outside_a_support_name_their_site() -> None:
+    bits = like(likelihood=lambda self, z: dist.Bernoulli(logits=self.dec(z)).to_event(1))
+    for call in (pv.log_terms, pv.site_terms):
+        with pytest.raises(ValueError, match=r"^site 'x' has values outside the support of its Bernoulli, .*$"):
+            call(bits, x().abs())
+
+
+@pytest.mark.parametrize("call", ["fit", "log_likelihood", "log_terms"])
+def test_an_operation_without_a_value_is_not_blamed_on_the_learning_rate(call: str) -> None:
+    pair = like(likelihood=lambda self, z: dist.Normal(torch.log(self.dec(z) - 10), 0.5).to_event(1))
+    with pytest.raises(
+        ValueError, match=r"'loc' as NaN, though the pair's parameters .* are finite: .*logarithm"
+    ) as error:
+        CALLS[call](pair, x())
+    assert "lr" not in str(error.value)
+
+
+@pytest.mark.parametrize("call", ["fit", "log_likelihood", "log_terms"])
+def test_a_negative_scale_is_called_so(call: str) -> None:
+    pair = like(likelihood=lambda self, z: dist.Normal(self.dec(z), -self.dec(z).abs()).to_event(1))
+    with pytest.raises(ValueError, match=r"'scale' outside GreaterThan\(lower_bound=0\.0\): .*softplus"):
+        CALLS[call](pair, x())
+
+
+def test_parameters_that_are_nan_are_named() -> None:
+    pair = like()
+    pair.dec.weight.data[0, 0] = math.nan
+    with pytest.raises(ValueError, match=r"as NaN, since the pair's parameter 'dec\.weight' is not finite"):
+        pv.log_terms(pair, x())
+
+
+@pytest.mark.parametrize("value", [2.5, "2", True, None])
+@pytest.mark.parametrize("call", [pv.posterior, pv.reconstruct, pv.log_terms])
+def test_a_number_of_particles_is_a_whole_number(call: Any, value: Any) -> None:
+    with pytest.raises(ValueError, match=r"^num_particles is .*; it must be a whole number$"):
+        call(like(), x(), num_particles=value)
+    with pytest.raises(ValueError, match=r"^num_samples is .*; it must be a whole number$"):
+        pv.generate(like(), value)
+
+
+@pytest.mark.parametrize("call", [pv.posterior, pv.reconstruct, pv.log_likelihood])
+def test_a_seed_is_a_whole_number(call: Any) -> None:
+    with pytest.raises(ValueError, match=r"^seed is 'a'; it must be a whole number$"):
+        call(like(), x(), num_particles=30, seed="a")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
+import scipy.sparse
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -18,12 +20,13 @@ from pyro_vae.models import LinearGaussianVAE
 
 
 class Frame:
-    """A table as pandas makes them: rows by number, and an array of its numbers."""
+    """A table as pandas makes them: an array of its numbers, and the kind of each column."""
 
-    iloc = None
+    def __init__(self, values: Any, **kinds: str) -> None:
+        self.values, self.dtypes = values, {name: SimpleNamespace(kind=kind) for name, kind in kinds.items()}
 
     def to_numpy(self) -> Any:
-        return np.zeros((6, 3))
+        return self.values
 
 
 class Rows(Dataset[Any]):
@@ -36,8 +39,16 @@ class Rows(Dataset[Any]):
 
 X = torch.zeros(6, 3)
 THINGS: dict[str, tuple[Callable[[], Any], str]] = {
-    "array": (lambda: np.zeros((6, 3)), r"a ndarray of numpy: pass torch\.from_numpy"),
-    "frame": (Frame, r"Frame of .*: pass its numbers, torch\.tensor\(frame\.to_numpy\(\)\)"),
+    "array of text": (lambda: np.full((6, 3), "a"), r"entries of type <U1, no numbers"),
+    "masked array": (lambda: np.ma.masked_less(np.zeros((6, 3)), 1), r"has masked entries: fill them"),
+    "table of text": (
+        lambda: Frame(np.array([["a", 1]] * 6, dtype=object), text="O", number="f"),
+        r"type object in the columns \['text'\], no numbers",
+    ),
+    "sparse counts": (
+        lambda: scipy.sparse.csr_matrix(np.eye(6, 3)),
+        r"csr_matrix of scipy: pass a dense array, .*toarray",
+    ),
     "loader": (lambda: DataLoader(TensorDataset(X), batch_size=2), r"DataLoader of torch: pass the tensors behind it"),
     "data set": (Rows, r"Rows of .*: pass its rows as tensors"),
     "list of lists": (lambda: [[0.0, 1.0, 2.0]] * 6, r"list: pass one tensor"),
@@ -102,7 +113,8 @@ class Shifted(pv.Pair):
 @pytest.mark.parametrize(
     ("condition", "message"),
     [
-        (np.zeros(6), r"the condition 'c' is a ndarray of numpy: pass torch\.from_numpy"),
+        (np.full(6, np.nan), r"the condition 'c' has 6 NaN or infinite values"),
+        (np.full(6, "a"), r"(the condition 'c'|data) has entries of type <U1"),
         (None, r"the condition 'c' is None"),
         (torch.tensor([0.0, torch.nan, 0, 0, 0, 0]), r"the condition 'c' has 1 NaN or infinite value, .*index \(1,\)"),
         (torch.tensor(1.0), r"the condition 'c' is a single number"),

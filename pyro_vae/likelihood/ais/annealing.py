@@ -12,6 +12,7 @@ from scipy.stats import t as student
 from torch import Tensor
 
 from pyro_vae.inspection import inspect
+from pyro_vae.inspection.arrays import takes_arrays
 from pyro_vae.likelihood.ais.hmc import HMC, tuned_steps
 from pyro_vae.likelihood.ais.path import AnnealingPath, Start
 from pyro_vae.likelihood.ais.temperatures import Schedule, sigmoidal_schedule
@@ -132,6 +133,7 @@ class BidirectionalLogLikelihood(NamedTuple):
 
 
 @one_at_a_time
+@takes_arrays
 def annealed_log_likelihood(
     pair: Pair,
     *batch: Tensor,
@@ -204,6 +206,7 @@ def annealed_log_likelihood(
 
 
 @one_at_a_time
+@takes_arrays
 def bidirectional_log_likelihood(
     pair: Pair,
     num_data: int,

@@ -12,16 +12,19 @@ from contextlib import contextmanager
 import pyro
 import torch
 from torch import Tensor
+from torch.distributions import constraints
 from torch.nn.parameter import is_lazy
 
-from pyro_vae.inspection.agreement import agree
-from pyro_vae.inspection.leaves import check_leaves
-from pyro_vae.inspection.reference import Reference
-from pyro_vae.inspection.scores import densities, runs, scores
-from pyro_vae.inspection.watch import axis_fault, watched
+from pyro_vae.inspection.contract.agreement import agree
+from pyro_vae.inspection.contract.leaves import check_leaves
+from pyro_vae.inspection.contract.numerics import check_numerics
+from pyro_vae.inspection.contract.reference import Reference
+from pyro_vae.inspection.contract.scores import densities, runs, scores
+from pyro_vae.inspection.contract.watch import axis_fault, watched
 from pyro_vae.pair.agreement import AUTOMATIC, check_masks, check_measures
-from pyro_vae.pair.failures import COARSE, TOO_COARSE, automatic_guide
+from pyro_vae.pair.failures import COARSE, TOO_COARSE, automatic_guide, invalid
 from pyro_vae.pair.pair import Pair
+from pyro_vae.pair.site import Site
 from pyro_vae.pair.trace import PairTrace, run_guide, trace_pair
 
 __all__ = ["check_contract", "check_parameters", "couples_in_training", "probe", "trace_few"]
@@ -80,7 +83,7 @@ def check_contract(pair: Pair, batch: tuple[Tensor, ...], trace: PairTrace) -> N
     Raises:
         ValueError: naming the site, and the module where it can be found, and the way out.
     """
-    _check_sites(trace)
+    _check_sites(pair, trace)
     check_measures(trace.guide, trace.model)
     check_masks(trace.guide, trace.model)
     with _tidy_store() as stored:
@@ -89,6 +92,9 @@ def check_contract(pair: Pair, batch: tuple[Tensor, ...], trace: PairTrace) -> N
         reference.check_shapes()
         reference.check_masked_latents_are_not_read()
         reference.check_reads_x_only_as_obs()
+        # The last one: a flow forgets the draws that the sites hold.
+        check_numerics("guide", reference.guide)
+        check_numerics("model", reference.model)
 
 
 def couples_in_training(pair: Pair, batch: tuple[Tensor, ...]) -> bool:
@@ -150,14 +156,30 @@ def _tidy_store() -> Iterator[set[str]]:
             pyro.get_param_store().__delitem__(name)
 
 
-def _check_sites(trace: PairTrace) -> None:
+def _check_sites(pair: Pair, trace: PairTrace) -> None:
     for program, sites in (("guide", trace.guide), ("model", trace.model)):
-        for site in sites.values():
+        for name, site in sites.items():
             # Raises for a site outside the data plate.
             log_prob = site.log_prob
+            if bool(log_prob.isnan().any()):
+                _refuse_nan(pair, f"the {program}'s site '{name}'", site)
             parts = (part for part in vars(site.bare).values() if isinstance(part, Tensor))
             if any(part.dtype in COARSE for part in (log_prob, *parts)):
                 raise ValueError(
                     f"the {program}'s site '{site.name}' has parameters in half precision, too coarse for a "
                     "log-density: convert them, e.g. loc.float(), and leave autocast"
                 )
+
+
+def _refuse_nan(pair: Pair, place: str, site: Site) -> None:
+    """Raise for a log-density that is NaN before any training: name the distribution's parameter at fault."""
+    for parameter, constraint in site.bare.arg_constraints.items():
+        # A parameter may be derived from another one on request, at the cost of a decomposition.
+        value = vars(site.bare).get(parameter)
+        if isinstance(value, Tensor) and not constraints.is_dependent(constraint):
+            given = f"{place} was given its parameter '{parameter}'"
+            if bool(value.isnan().any()):
+                raise ValueError(invalid(pair, given, constraint, is_nan=True))
+            if not bool(constraint.check(value).all()):
+                raise ValueError(invalid(pair, given, constraint, is_nan=False))
+    raise ValueError(f"{place} has a log-density that is NaN: look at its distribution, a {site.family}, at its value")

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from pyro_vae.inspection.agreement import View, all_agree
+from pyro_vae.inspection.contract.agreement import View, all_agree
 from pyro_vae.pair.pair import Pair
 
 __all__ = ["Watch", "axis_fault", "first_line", "watched"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyro_vae.inspection.agreement import PARTICLES, View, agree
-from pyro_vae.inspection.scores import densities, runs, scores
-from pyro_vae.inspection.watch import Watch, axis_fault, first_line, watched
+from pyro_vae.inspection.contract.agreement import PARTICLES, View, agree
+from pyro_vae.inspection.contract.scores import densities, runs, scores
+from pyro_vae.inspection.contract.watch import Watch, axis_fault, first_line, watched
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.site import Site
 from pyro_vae.pair.trace import run_guide, run_model, site_of_x
