@@ -400,6 +400,7 @@ FUNCTIONS: dict[str, Callable[[Case], Found]] = {
     "analytic_loss": _analytic,
     "divergence_split": _split,
     "log_likelihood": _estimate(pv.log_likelihood, num_particles=30, progress=False),
+    "log_likelihood, proposal=auto": _estimate(pv.log_likelihood, num_particles=30, proposal="auto", progress=False),
     "naive_log_likelihood": _estimate(pv.naive_log_likelihood, num_particles=3000, progress=False),
     "annealed_log_likelihood": _estimate(pv.annealed_log_likelihood, num_temperatures=10, num_chains=4, start="guide"),
     "bidirectional_log_likelihood": _bidirectional,

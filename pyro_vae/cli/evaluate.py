@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -32,6 +33,8 @@ class Evaluate:
     """Importance samples per datum."""
     size: int | None = None
     """Number of test data, after a seeded shuffle; all by default."""
+    proposal: Literal["guide", "auto"] = "guide"
+    """Draw from the guide, or fit proposals to the data that it does not settle."""
     memory: int = 512
     """Memory that tensors may take, in MiB."""
     data_root: str | None = None
@@ -51,6 +54,7 @@ class Evaluate:
             log_likelihood,
             pair.to(device),
             num_particles=self.num_particles,
+            proposal=self.proposal,
             memory=self.memory * MEBIBYTE,
             run_dir=self.folder,
             progress=processes.is_first,

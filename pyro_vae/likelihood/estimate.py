@@ -15,6 +15,8 @@ __all__ = ["LogLikelihood", "likelihood_notes", "likelihood_rows"]
 
 # The table names this many of the worst data.
 NAMED = 5
+# It lists as many data that are not settled.
+LISTED = 20
 # With so few effective draws the delta method's error is of the order of the estimate's bias.
 FEW_EFFECTIVE = 10
 # Share of data with k̂ above 1/2 from which errors are called too small.
@@ -44,6 +46,7 @@ class LogLikelihood(NamedTuple):
             by the delta method.
         num_scored: entries of each datum that the likelihood's mask leaves scored, (B,); None without a mask.
         beside: a clause on the sites that ``quantity`` concerns beside x; empty for log p(x) or a bound on it.
+        fitted: True for data whose draws come from a proposal fitted to them, (B,); None without ``proposal="auto"``.
     """
 
     per_datum: Tensor
@@ -59,6 +62,7 @@ class LogLikelihood(NamedTuple):
     curve_standard_error: Tensor
     num_scored: Tensor | None = None
     beside: str = ""
+    fitted: Tensor | None = None
 
     @property
     def mean(self) -> float:
@@ -103,6 +107,11 @@ class LogLikelihood(NamedTuple):
         k̂ and a small error.
         """
         return math.nan if math.isnan(self.threshold) else float((self.pareto_k > 0.5).double().mean())
+
+    @property
+    def settled(self) -> Tensor:
+        """True for data with k̂ up to the threshold, (B,); False for K < 25, whose k̂ is NaN."""
+        return self.pareto_k <= self.threshold
 
     @property
     def worst(self) -> Tensor:
@@ -170,6 +179,10 @@ class LogLikelihood(NamedTuple):
             record["bits_per_dimension"] = self.bits_per_dimension
         if self.beside:
             record["beside"] = self.beside
+        if self.fitted is not None:
+            settled = [int((self.settled & which).sum()) for which in (~self.fitted, self.fitted)]
+            unsettled = (~self.settled).nonzero().flatten().tolist()
+            record["settled"] = [*settled, len(unsettled), unsettled[:LISTED]]
         return _fit_for_json(record)
 
     def __repr__(self) -> str:
@@ -212,6 +225,8 @@ def likelihood_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("Pareto k̂", "needs K ≥ 25"))
     else:
         rows.append((f"data with k̂ above {number['threshold']:.2f}", f"{100 * number['share_above_threshold']:.1f} %"))
+        if "settled" in record:
+            rows.append(("settled", _settled(record)))
         if has_small_errors(record):
             rows.append(("error bars", f"too small: k̂ above 0.50 for {100 * number['share_above_half']:.1f} % of data"))
         worst = ", ".join(f"{i} ({float(shape):.2f})" for i, shape in record["worst"])
@@ -219,6 +234,16 @@ def likelihood_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
     for particles, mean, error in record["curve"]:
         rows.append((f"L_{particles} ± Monte Carlo error", f"{float(mean):.3f} ± {float(error):.4f} nats"))
     return rows
+
+
+def _settled(record: dict[str, Any]) -> str:
+    """Return how many data are settled by which proposal, and which are not."""
+    guide, fitted, others, listed = record["settled"]
+    text = f"{guide + fitted} of {record['data']} (guide {guide}, fitted {fitted})"
+    if others:
+        more = ", …" if others > len(listed) else ""
+        text += f"; not settled: {others}, data {', '.join(map(str, listed))}{more}"
+    return text
 
 
 def likelihood_notes(record: dict[str, Any]) -> list[str]:

@@ -16,21 +16,36 @@ from pyro_vae.pair.site import ExactSite, Site, exact
 from pyro_vae.pair.trace import PairTrace, run_model, trace_pair
 from pyro_vae.pair.weights import Rounding, rounding_of
 
-__all__ = ["GuideProposal", "PriorProposal", "Proposal"]
+__all__ = ["GuideProposal", "PriorProposal", "Proposal", "described"]
 
 
 class Proposal(abc.ABC):
     """Draw latents of a pair and weigh them: w = p(x, z) / r(z), z ~ r(z | x).
 
     Args:
-        pair: the pair.
+        inspection: of the pair.
     """
 
     name: ClassVar[str]
     """Name for the keys of saved chunks."""
 
-    def __init__(self, pair: Pair) -> None:
-        self.pair = pair
+    def __init__(self, inspection: Inspection) -> None:
+        self.pair: Pair = inspection.pair
+
+    def fit(self, datum: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return tensors, one row each, that the proposal needs for a datum; none for one that is amortised.
+
+        They follow the conditions in the batch that :meth:`log_weights` is given, and may be drawn from torch's
+        generators, which have the datum's seed.
+
+        Args:
+            datum: one datum and its conditions.
+        """
+        return ()
+
+    def is_fitted(self, fit: tuple[Tensor, ...]) -> bool:
+        """Return whether a datum's draws come from a proposal fitted to it, given :meth:`fit`'s tensors."""
+        return False
 
     @abc.abstractmethod
     def log_weights(self, batch: tuple[Tensor, ...], num_particles: int) -> Tensor:
@@ -76,7 +91,7 @@ class GuideProposal(Proposal):
 
     def site_log_densities(self, batch: tuple[Tensor, ...], num_particles: int) -> dict[str, Tensor]:
         trace = self._trace(batch, num_particles)
-        return _described("guide", trace.guide) | _described("model", trace.model)
+        return described("guide", trace.guide) | described("model", trace.model)
 
     def rounding(self, inspection: Inspection) -> Rounding:
         trace = inspection.trace
@@ -102,7 +117,7 @@ class PriorProposal(Proposal):
         return torch.stack([site.log_prob for site in self._observed(batch, num_particles).values()]).sum(0)
 
     def site_log_densities(self, batch: tuple[Tensor, ...], num_particles: int) -> dict[str, Tensor]:
-        return _described("model", self._observed(batch, num_particles))
+        return described("model", self._observed(batch, num_particles))
 
     def rounding(self, inspection: Inspection) -> Rounding:
         return rounding_of(site for site in exact(inspection.trace.model).values() if site.is_observed)
@@ -118,5 +133,6 @@ class PriorProposal(Proposal):
         return {name: site for name, site in sites.items() if site.is_observed}
 
 
-def _described(program: str, sites: Mapping[str, Site]) -> dict[str, Tensor]:
+def described(program: str, sites: Mapping[str, Site]) -> dict[str, Tensor]:
+    """Return the log-densities of a program's sites, (K, B), by a description for messages."""
     return {f"the {program}'s site '{name}'": site.log_prob for name, site in sites.items()}

@@ -17,8 +17,9 @@ from pyro_vae.runtime.files import write_whole
 
 __all__ = ["SavedChunks", "evaluation_key"]
 
-# Version 2: each datum has its own seeds. The chunks of version 1 had one each, and other draws.
-FORMAT = "pyro_vae log-likelihood chunk, version 2"
+# Version 2: each datum has its own seeds. The chunks of version 1 had one each, and other draws. Version 3: which data
+# had a fitted proposal.
+FORMAT = "pyro_vae log-likelihood chunk, version 3"
 
 
 def evaluation_key(inspection: Inspection, batch: tuple[Tensor, ...], settings: tuple[str | int, ...]) -> str:

@@ -29,6 +29,7 @@ class WeightSummary(NamedTuple):
         smoothed: ``log_mean`` with a Pareto-smoothed tail, (B,).
         curve: L_1, L_2, L_4, …, (J, B).
         curve_standard_error: errors of ``curve``, (J, B).
+        fitted: 1 for weights of a proposal fitted to the datum, else 0, (B,).
     """
 
     log_mean: Tensor
@@ -38,6 +39,7 @@ class WeightSummary(NamedTuple):
     smoothed: Tensor
     curve: Tensor
     curve_standard_error: Tensor
+    fitted: Tensor
 
 
 class WeightStream:
@@ -113,7 +115,9 @@ class WeightStream:
         # Σ smoothed = Σ w (1 + share (e^change − 1)): the weights below the tail stay as they are.
         smoothed = sums.log_mean + torch.log1p(share * torch.expm1(change))
         error = sums.standard_error
-        return WeightSummary(sums.log_mean, error, sums.ess, pareto_k, smoothed, *self._curve(error))
+        return WeightSummary(
+            sums.log_mean, error, sums.ess, pareto_k, smoothed, *self._curve(error), torch.zeros_like(error)
+        )
 
     def _curve(self, error: Tensor) -> tuple[Tensor, Tensor]:
         """Return L_1, L_2, L_4, … and their errors from the spread of the merged weights."""

@@ -45,9 +45,9 @@ def test_the_mean_over_data_is_covered_where_errors_are_honest() -> None:
     pair = OffGuide(0.9)
     x = pv.generate(pair, 20, seed=0).x
     exact = float(pair.exact_log_likelihood(x).detach().mean())
-    repeats, inside = 200, 0
+    repeats, inside = 100, 0
     for seed in range(repeats):
         ll = pv.log_likelihood(pair, x, num_particles=200, seed=seed, progress=False)
         inside += abs(ll.mean - exact) <= 1.96 * ll.mean_monte_carlo_error
-    # Three standard errors of a share of 200.
+    # Three standard errors of a share of 100.
     assert abs(inside / repeats - 0.95) < 3 * math.sqrt(0.95 * 0.05 / repeats)

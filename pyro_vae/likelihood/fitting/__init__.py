@@ -1,0 +1,1 @@
+"""Proposals fitted to each datum."""
