@@ -19,25 +19,29 @@ from pyro_vae.pair.weights import Rounding, rounding_of
 
 __all__ = ["FittedProposal"]
 
-# Components at most, beside the guide.
-MODES = 4
+# Components at most, beside guide and prior.
+MODES = 8
 # Draws of a pilot, which chooses a proposal and is thrown away.
 PILOT = 400
 # A pilot's k̂ up to which a proposal is taken, below the threshold of trust: the estimate has other draws.
 ENOUGH = 0.3
 # Widths of the components, their degrees of freedom, and shares of the guide. The first one is for posteriors that are
 # Gaussian; others have tails that a pilot does not show, and need more. They are tried in turn.
-EXACT = (1.0, math.inf, 0.0)
+EXACT = (1.0, math.inf, 0.0, 0.0)
+# The prior's draws are few and far from most posteriors. They show a mode that no start led to, by a large weight.
+PRIOR = 0.05
+# Several modes are rarely all: then the prior has a larger share.
+SEVERAL, PRIOR_OF_SEVERAL = 4, 0.4
 CANDIDATES = ((1.0, 7.0, 0.1), (1.15, math.inf, 0.1), (1.2, 5.0, 0.1), (1.3, math.inf, 0.1))
 
 
 class Fit(NamedTuple):
-    """A mixture for one datum: of M components over u, and of the guide.
+    """A mixture for one datum: of M components over u, of the guide and of the prior.
 
     Args:
         means: (1, M, L), float64.
         factors: Cholesky-like factors of the covariances, (1, M, L, L), float64.
-        log_shares: of the components and, last, of the guide, (1, M + 1), float64.
+        log_shares: of the components, the guide and the prior, in this order, (1, M + 2), float64.
         degrees: of freedom, ν, of Student's t; ∞ for Gaussians, (1,), float64.
     """
 
@@ -48,9 +52,9 @@ class Fit(NamedTuple):
 
 
 class FittedProposal(Proposal):
-    """A mixture of Gaussians at the posterior's modes and of the guide, chosen by a pilot for each datum.
+    """A mixture of Gaussians at the posterior's modes, the guide and the prior, chosen by a pilot for each datum.
 
-    r(z) = Σ_m π_m N(u; μ_m, s² Λ_m⁻¹) |∂u/∂z| + π_0 q(z | x),   Λ_m = −∇² log p(x, z(u)) |∂z/∂u| at the mode μ_m
+    r(z) = Σ_m π_m N(u; μ_m, s² Λ_m⁻¹) |∂u/∂z| + π_q q(z | x) + π_p p(z),   Λ_m = −∇² log p(x, z(u)) |∂z/∂u| at μ_m
 
     Modes are looked for from draws of the guide and of the prior. A guide that settles a datum of one mode is kept. The
     pilot's draws choose widths s, Student's t in place of a Gaussian, and shares. They are thrown away, so that
@@ -78,21 +82,25 @@ class FittedProposal(Proposal):
             datum = tuple(tensor.clone() for tensor in datum)
             sites = exact(run_guide(self.pair, *datum, num_particles=MODES))
             size = self._flat(sites).lay_out(sites).shape[-1]
-            alone = self._mixture(datum, [], size, 1.0, math.inf, 1.0)
+            alone = self._mixture(datum, [], size, 1.0, math.inf, 1.0, 0.0)
             best, least = alone, self._pilot(datum, alone)
+            if least > -math.inf:
+                best = self._mixture(datum, [], size, 1.0, math.inf, 1.0 - PRIOR, PRIOR)
+                least = self._pilot(datum, best)
             modes = find_modes(self.pair, datum, self.supports, self.fixed)
             if len(modes) > 1:
                 # No weight of the guide's draws tells of a mode that it does not know.
                 least = math.inf
             elif least <= ENOUGH:
-                return alone
+                return best
             if not modes:
                 return best
             exactly = self._mixture(datum, modes, size, *EXACT)
-            if self._pilot(datum, exactly) == -math.inf:
+            if self._pilot(datum, exactly) == -math.inf and self._is_whole(datum, modes, exactly):
                 return exactly
+            prior = PRIOR if len(modes) < SEVERAL else PRIOR_OF_SEVERAL
             for shaped in CANDIDATES:
-                candidate = self._mixture(datum, modes, size, *shaped)
+                candidate = self._mixture(datum, modes, size, *shaped, prior)
                 shape = self._pilot(datum, candidate)
                 if shape < least:
                     best, least = candidate, shape
@@ -101,7 +109,7 @@ class FittedProposal(Proposal):
             return best
 
     def is_fitted(self, fit: tuple[Tensor, ...]) -> bool:
-        return bool(Fit(*fit).log_shares[0, -1] < 0)
+        return bool(Fit(*fit).log_shares[0, -2] < math.log(0.5))
 
     def log_weights(self, batch: tuple[Tensor, ...], num_particles: int) -> Tensor:
         datum, fit = batch[: -len(Fit._fields)], Fit(*batch[-len(Fit._fields) :])
@@ -129,26 +137,29 @@ class FittedProposal(Proposal):
     def _run(self, datum: tuple[Tensor, ...], fit: Fit, count: int) -> tuple[dict[str, ExactSite], Tensor, Tensor]:
         """Draw; return the model's sites, log |det ∂z/∂u| and log r(u), each (K, 1)."""
         drawn = exact(run_guide(self.pair, *datum, num_particles=count))
+        fixed = {name: drawn[name].drawn for name in self.fixed}
+        prior = exact(run_model(self.pair, *datum, num_particles=count, values=fixed))
         flat = self._flat(drawn)
-        guides = flat.lay_out(drawn)
+        guides, priors = flat.lay_out(drawn), flat.lay_out(prior)
         means, factors, log_shares, degrees = (part[0] for part in fit)
         size = means.shape[-1]
         chosen = torch.multinomial(log_shares.exp(), count, replacement=True)
-        # The guide's draws stand in the last place.
         of = chosen.clamp(max=len(means) - 1)
         noise = torch.randn(count, size, dtype=means.dtype, device=means.device)
         # χ²_ν / ν: one for a Gaussian.
         half = torch.where(degrees.isinf(), 1.0, degrees / 2)
         stretch = torch.where(degrees.isinf(), 1.0, torch._standard_gamma(half.expand(count)) / half)
         gaussian = means[of] + (factors[of] @ (noise / stretch.sqrt().unsqueeze(-1)).unsqueeze(-1)).squeeze(-1)
-        is_guides = (chosen == len(means)).unsqueeze(-1)
+        is_guides, is_priors = ((chosen == len(means) + i).unsqueeze(-1) for i in range(2))
         # Rounded before it is scored: the densities are those of the point that the programs see.
-        points = torch.where(is_guides, guides[:, 0], gaussian.to(guides.dtype)).unsqueeze(1)
+        points = torch.where(is_priors, priors[:, 0], torch.where(is_guides, guides[:, 0], gaussian.to(guides.dtype)))
+        points = points.unsqueeze(1)
         values, log_det = flat.take_apart(points)
-        fixed = {name: drawn[name].drawn for name in self.fixed}
         guide = exact(run_guide(self.pair, *datum, num_particles=count, values={**fixed, **values}))
         model = exact(run_model(self.pair, *datum, num_particles=count, values={**fixed, **values}))
-        log_guide = torch.stack([guide[name].log_prob for name in self.supports]).sum(0) + log_det
+        programs = torch.stack(
+            [torch.stack([sites[name].log_prob for name in self.supports]).sum(0)[:, 0] for sites in (guide, model)], -1
+        )
         away = (points.double() - means).unsqueeze(-1)
         squares = torch.linalg.solve(factors, away).squeeze(-1).square().sum(-1)
         gauss = -0.5 * squares - 0.5 * size * math.log(2 * math.pi)
@@ -158,29 +169,45 @@ class FittedProposal(Proposal):
             - 0.5 * size * torch.log(2 * math.pi * half)
             - (half + size / 2) * torch.log1p(squares / (2 * half))
         )
-        each = torch.where(degrees.isinf(), gauss, student) - torch.linalg.slogdet(factors)[1] + log_shares[:-1]
-        # A share of zero has no term, whatever the guide's density there.
-        of_guide = torch.where(log_shares[-1].isneginf(), -math.inf, log_guide[:, 0] + log_shares[-1])
-        return model, log_det, torch.logsumexp(torch.cat([each, of_guide.unsqueeze(-1)], -1), -1, keepdim=True)
+        each = torch.where(degrees.isinf(), gauss, student) - torch.linalg.slogdet(factors)[1] + log_shares[:-2]
+        # A share of zero has no term, whatever the density there.
+        others = torch.where(log_shares[-2:].isneginf(), -math.inf, programs + log_det + log_shares[-2:])
+        return model, log_det, torch.logsumexp(torch.cat([each, others], -1), -1, keepdim=True)
 
     def _mixture(
-        self, datum: tuple[Tensor, ...], modes: list[Mode], size: int, width: float, degrees: float, share: float
+        self,
+        datum: tuple[Tensor, ...],
+        modes: list[Mode],
+        size: int,
+        width: float,
+        degrees: float,
+        guide: float,
+        prior: float,
     ) -> Fit:
         device = datum[0].device
         means = torch.zeros(MODES, size, dtype=torch.float64, device=device)
         factors = torch.eye(size, dtype=torch.float64, device=device).repeat(MODES, 1, 1)
-        log_shares = torch.full((MODES + 1,), -math.inf, dtype=torch.float64, device=device)
+        log_shares = torch.full((MODES + 2,), -math.inf, dtype=torch.float64, device=device)
         kept = modes[:MODES]
         if kept:
             evidence = torch.stack([mode.log_evidence for mode in kept])
             # A Gaussian's mass is a rough one: no mode gets less than a hundredth of the share.
             weights = evidence.softmax(0).clamp(min=0.01)
-            log_shares[: len(kept)] = (weights / weights.sum()).log() + math.log1p(-share)
+            log_shares[: len(kept)] = (weights / weights.sum()).log() + math.log1p(-guide - prior)
             means[: len(kept)] = torch.stack([mode.point for mode in kept])
             factors[: len(kept)] = width * torch.stack([mode.factor for mode in kept])
-        if share > 0:
-            log_shares[-1] = math.log(share)
+        for place, share in ((-2, guide), (-1, prior)):
+            if share > 0:
+                log_shares[place] = math.log(share)
         return Fit(means[None], factors[None], log_shares[None], means.new_tensor([degrees]))
+
+    def _is_whole(self, datum: tuple[Tensor, ...], modes: list[Mode], exactly: Fit) -> bool:
+        """Whether the prior's draws show no mode beside those of a proposal with equal weights."""
+        half = self._mixture(datum, modes, exactly.means.shape[-1], 1.0, math.inf, 0.0, 0.5)
+        log_p = self.log_weights((*datum, *exactly), 1)
+        weights = self.log_weights((*datum, *half), PILOT)
+        # Half of the draws are of the posterior, if that is all of it: no weight is above 2 p(x).
+        return bool((weights <= log_p + math.log(2) + 1e-3).all())
 
     def _pilot(self, datum: tuple[Tensor, ...], fit: Fit) -> float:
         """Return k̂ of a pilot's weights; ∞ where it has none."""

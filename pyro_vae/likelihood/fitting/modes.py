@@ -16,8 +16,9 @@ from pyro_vae.pair.trace import run_guide, run_model
 
 __all__ = ["Mode", "find_modes"]
 
-# Starts of the search: the mean of the guide's draws, some of them, and draws of the prior.
-MEAN_OF, GUIDES, PRIORS = 64, 1, 6
+# Starts of the search: the mean of the guide's draws, some of them, some of the prior's, and of the prior's chosen by
+# their weights p(x | z), which lie near modes in few dimensions.
+MEAN_OF, GUIDES, PRIORS, CHOSEN = 256, 1, 2, 6
 # Newton steps, and the shares of a step that are tried at once.
 ROUNDS, SHARES = 30, (1.0, 0.5, 0.2, 0.05, 0.01)
 # A search ends where a Newton step would gain less, in nats.
@@ -55,7 +56,11 @@ class _Density:
         held = {name: sites[name].drawn for name in fixed}
         model = exact(run_model(pair, *datum, num_particles=MEAN_OF, values=held))
         priors = self._flat(model).lay_out(model)[:, 0].double()
-        self.starts = torch.cat([draws.mean(0, keepdim=True), draws[:GUIDES], priors[:PRIORS]])
+        data = torch.stack([site.log_prob for name, site in model.items() if name not in supports]).sum(0)[:, 0]
+        # Adding Gumbel noise and taking the largest draws without replacement in proportion to the weights.
+        noisy = data.nan_to_num(nan=-math.inf) - torch.empty_like(data).exponential_().log()
+        chosen = priors[noisy.topk(CHOSEN).indices]
+        self.starts = torch.cat([draws.mean(0, keepdim=True), draws[:GUIDES], priors[:PRIORS], chosen])
         self.step = self._step(self.scale.clamp(max=1.0))
 
     def _step(self, scale: Tensor) -> Tensor:
