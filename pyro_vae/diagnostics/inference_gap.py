@@ -12,6 +12,7 @@ from torch.distributions import MultivariateNormal, Normal
 
 from pyro_vae.inspection import inspect
 from pyro_vae.inspection.arrays import takes_arrays
+from pyro_vae.likelihood.flat import FlatLatents
 from pyro_vae.likelihood.psis import trust_threshold
 from pyro_vae.likelihood.weights import WeightStream
 from pyro_vae.pair.modes import chunks, drawing, to_pair
@@ -231,14 +232,10 @@ class _Joint:
     def log_weights(self, num_particles: int) -> Tensor:
         """Return log p(x, z) − log q(z), (K, B), with fixed parameters in the density of q."""
         draws = self._distribution(self.shift, self.stretch).rsample((num_particles,))
-        family, begin = self.family, 0
-        values = dict(family.fixed)
-        for name, site in family.sites.items():
-            shape = site.value.shape[1:]
-            end = begin + math.prod(shape[1:])
-            values[name] = site.as_drawn(draws[..., begin:end].reshape(num_particles, *shape))
-            begin = end
-        model = run_model(family.pair, *family.batch, num_particles=num_particles, values=values)
+        family = self.family
+        values, _ = FlatLatents(family.sites).take_apart(draws)
+        held = {**family.fixed, **values}
+        model = run_model(family.pair, *family.batch, num_particles=num_particles, values=held)
         log_joint: Any = sum(site.log_prob for site in model.values())
         return log_joint - self._distribution(self.shift.detach(), self.stretch.detach()).log_prob(draws)
 

@@ -48,8 +48,12 @@ def takes_arrays(function: Callable[P, R]) -> Callable[P, R]:
         names = [p.name for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
         new: list[Any] = []
         for i, value in enumerate(args):
-            named = i < len(names) or several is None
-            name = names[min(i, len(names) - 1)] if named else _condition(pair, function, i - len(names))
+            named = several is None or i < len(names)
+            name = (
+                names[min(i, len(names) - 1)]
+                if several is None or i < len(names)
+                else _argument(pair, several, i - len(names))
+            )
             value = _convert(value, dtype, name)
             # Data sets of several tensors are as many arguments where a function takes them so.
             new += value if not named and isinstance(value, tuple) and _is_data_set(args[i]) else [value]
@@ -58,11 +62,10 @@ def takes_arrays(function: Callable[P, R]) -> Callable[P, R]:
     return converted
 
 
-def _condition(pair: Any, function: Callable[..., Any], index: int) -> str:
-    if index == 0 and function.__name__ != "generate":
-        return "x"
-    offset = 1 if function.__name__ == "generate" else 0
-    return f"the condition '{name_of_condition(pair, index + offset)}'"
+def _argument(pair: Any, several: str, index: int) -> str:
+    """Return the name of one of a function's ``*batch``, which begins with x, or of its ``*conditions``."""
+    place = index + (several == "conditions")
+    return f"the condition '{name_of_condition(pair, place)}'" if place else "x"
 
 
 def _may_convert(value: Any) -> bool:
@@ -87,7 +90,7 @@ def _convert(value: Any, dtype: torch.dtype | None, name: str) -> Any:
     if _is_array(value):
         return _as_tensor(value, dtype, name)
     if isinstance(value, tuple | list) and any(map(_is_array, value)):
-        return type(value)(_as_tensor(each, dtype, name) if _is_array(each) else each for each in value)
+        return tuple(_as_tensor(each, dtype, name) if _is_array(each) else each for each in value)
     return value
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset
 
 from pyro_vae.pair.failures import name_of_condition
 from pyro_vae.pair.pair import Pair
@@ -82,8 +82,6 @@ def _way_of(value: Any) -> str:
     """Return how to pass the numbers of a value that is no tensor."""
     if isinstance(value, DataLoader):
         return "the tensors behind it, since batches are drawn here (batch_size=)"
-    if isinstance(value, TensorDataset):
-        return "its tensors, i.e. dataset.tensors"
     if isinstance(value, Dataset):
         return "its rows as tensors, e.g. torch.stack([row for row, *_ in dataset])"
     if hasattr(value, "toarray"):

@@ -193,7 +193,7 @@ class LogLikelihood(NamedTuple):
         return "\n".join([f"{first} = {value}", *lines])
 
 
-def has_small_errors(record: dict[str, Any]) -> bool:
+def _has_small_errors(record: dict[str, Any]) -> bool:
     """Return whether the error bars of a :meth:`LogLikelihood.record` are known to be too small.
 
     With shapes k near 1/2 the variance of the weights is estimated from draws that lack its tail. On Gaussian guides
@@ -227,7 +227,7 @@ def likelihood_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append((f"data with k̂ above {number['threshold']:.2f}", f"{100 * number['share_above_threshold']:.1f} %"))
         if "settled" in record:
             rows.append(("settled", _settled(record)))
-        if has_small_errors(record):
+        if _has_small_errors(record):
             rows.append(("error bars", f"too small: k̂ above 0.50 for {100 * number['share_above_half']:.1f} % of data"))
         worst = ", ".join(f"{i} ({float(shape):.2f})" for i, shape in record["worst"])
         rows.append(("largest k̂: datum (k̂)", worst or "none, every datum's weights are equal"))
@@ -261,7 +261,7 @@ def likelihood_notes(record: dict[str, Any]) -> list[str]:
             "data. Do not trust their estimates and errors; both tend to be too small. Raise the number of particles, "
             "widen or train the guide, or anneal these data (`pv.annealed_log_likelihood`)."
         )
-    elif has_small_errors(record):
+    elif _has_small_errors(record):
         notes.append(
             f"Pareto k̂ is above 0.50 for {100 * number['share_above_half']:.1f} % of the data: the weights hardly have "
             "a finite variance, and 95 % intervals cover less. Raise the number of particles, or widen or train the "

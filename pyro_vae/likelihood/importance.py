@@ -17,7 +17,7 @@ from pyro_vae.likelihood.blocks import Blocks, data_hashes, single
 from pyro_vae.likelihood.captured import LogWeights, captured_blocks
 from pyro_vae.likelihood.estimate import LogLikelihood
 from pyro_vae.likelihood.fitting.fitted import FittedProposal
-from pyro_vae.likelihood.fitting.flat import unfit
+from pyro_vae.likelihood.flat import unfit
 from pyro_vae.likelihood.proposals import GuideProposal, PriorProposal, Proposal
 from pyro_vae.likelihood.saved_chunks import SavedChunks, evaluation_key
 from pyro_vae.likelihood.weights import WeightStream, WeightSummary
@@ -104,10 +104,10 @@ def log_likelihood(
     if proposal not in ("guide", "auto"):
         raise ValueError(f"proposal is {proposal!r}; it must be 'guide' or 'auto'")
     settings = _Settings(num_particles, memory, seed, progress, run_dir, capture)
-    return _estimate(_fitted if proposal == "auto" else GuideProposal, pair, batch, settings)
+    return _estimate(_auto if proposal == "auto" else GuideProposal, pair, batch, settings)
 
 
-def _fitted(inspection: Inspection) -> Proposal:
+def _auto(inspection: Inspection) -> Proposal:
     """Return a proposal that is fitted to each datum, or the guide, with a warning."""
     if reason := unfit(inspection.trace):
         warn_caller(f"no proposal can be fitted ({reason}): the log-likelihood is estimated from the guide alone")
@@ -195,7 +195,7 @@ def _estimate(
         curve_standard_error=summary.curve_standard_error,
         num_scored=num_scored,
         beside=proposal.beside(inspection),
-        fitted=summary.fitted.bool() if isinstance(proposal, FittedProposal) else None,
+        fitted=summary.fitted.bool() if proposal.fits else None,
     )
 
 
@@ -259,8 +259,8 @@ class _Estimator:
         seed = fresh_seed() if settings.seed is None else settings.seed
         self.seed = seed
         first, num_particles = self._fitted(0), settings.num_particles
-        # An amortised proposal fits nothing.
-        taken = counted_bytes(lambda: self._fitted(0), self.device) if len(first) > len(batch) else 0
+        self.first = first
+        taken = counted_bytes(lambda: self._fitted(0), self.device) if proposal.fits else 0
         if taken > settings.memory:
             raise ValueError(
                 f"a proposal fitted to one datum takes {taken} bytes, more than memory, {settings.memory}: raise it to "
@@ -308,7 +308,7 @@ class _Estimator:
             self._log_weights = captured_blocks(
                 self.proposal.pair,
                 self.proposal.log_weights,
-                self._fitted(0),
+                self.first,
                 self.blocks,
                 # All data, also where a part is saved: a resumed estimate then makes the same choice.
                 len(self.batch[0]),

@@ -29,6 +29,9 @@ class Proposal(abc.ABC):
     name: ClassVar[str]
     """Name for the keys of saved chunks."""
 
+    fits: ClassVar[bool] = False
+    """Whether :meth:`fit` returns anything."""
+
     def __init__(self, inspection: Inspection) -> None:
         self.pair: Pair = inspection.pair
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils.data import TensorDataset
+from torch.utils.data import Subset, TensorDataset
 
 from pyro_vae.data import AnyDataSet, DataSet, GraphData
 from pyro_vae.pair.pair import Pair
@@ -31,7 +31,7 @@ __all__ = [
 
 # The attribute of a pair that holds the seed of its next run, and that of its held-out share.
 STORED_SEEDS = "_seeds_of_fit"
-Data: TypeAlias = Tensor | Sequence[Tensor] | TensorDataset | AnyDataSet
+Data: TypeAlias = Tensor | Sequence[Tensor] | TensorDataset | Subset[Any] | AnyDataSet
 
 
 @dataclass(frozen=True)
@@ -150,17 +150,15 @@ def remember_seeds(pair: Pair, seeds: Seeds) -> None:
 
 
 def as_batch(data: Data) -> tuple[Tensor, ...]:
-    """Return ``x`` and the conditions as a tuple: of a data set, its training images, of torch's, its tensors.
+    """Return ``x`` and the conditions as a tuple: of a data set, its training images.
 
     Whatever else the caller passes is one thing, for :func:`~pyro_vae.inspection.data.check_batch` to name.
     """
     if isinstance(data, DataSet | GraphData):
         return (data.train,)
-    if isinstance(data, TensorDataset):
-        return data.tensors
     # A list of numbers, or of lists, is one thing.
     several = isinstance(data, tuple | list) and any(hasattr(each, "shape") for each in data)
-    return tuple(data) if several else (data,)  # type: ignore[return-value]
+    return tuple(data) if several else (data,)  # type: ignore[arg-type, return-value]
 
 
 def split(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas
@@ -123,3 +123,20 @@ def test_imputation_takes_a_mask_of_numpy() -> None:
 def test_numbers_beyond_the_pairs_dtype_are_not_called_infinite() -> None:
     with pytest.raises(ValueError, match=r"x holds numbers beyond torch\.float32, at most 3\.4e\+38: scale the data"):
         pv.log_likelihood(LinearGaussianVAE(3, 1).float(), np.full((6, 3), 1e200), num_particles=2)
+
+
+@pytest.mark.parametrize("call", [pv.generate, pv.bidirectional_log_likelihood])
+def test_a_condition_without_x_is_called_by_its_name(call: Any) -> None:
+    with pytest.raises(ValueError, match=r"^the condition 'label' has entries of type <U1, no numbers"):
+        call(Coin(), 6, np.full(6, "a"))
+
+
+class Batch(NamedTuple):
+    x: Any
+    label: Any
+
+
+def test_a_named_tuple_of_arrays_is_a_tuple() -> None:
+    batch = Batch((X[:, :2] > 0).numpy().astype(float), np.zeros(6, int))
+    tensors = (torch.from_numpy(batch.x), torch.from_numpy(batch.label))
+    assert pv.testing.check_pair(Coin(), batch) == pv.testing.check_pair(Coin(), tensors)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro.distributions.transforms import Sylvester
 from pyro.distributions.transforms.matrix_exponential import ConditionedMatrixExponential
@@ -57,7 +58,7 @@ def _parts(distribution: Any) -> Iterator[Any]:
 
 def _check_family(place: str, part: Any) -> None:
     # Exact types: a subclass may mend what is wrong here.
-    if type(part).__name__ == "ContinuousBernoulli" and type(part).__module__.split(".")[0] in ("torch", "pyro"):
+    if type(part) in (torch.distributions.ContinuousBernoulli, dist.ContinuousBernoulli):
         raise ValueError(
             f"{place} is torch's ContinuousBernoulli, which clamps its normaliser from logits of 16 on and is then off "
             "by nats for each entry: use pyro_vae.distributions.ContinuousBernoulli(logits)"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
-import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_vae.likelihood.flat import FlatLatents
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.site import Site
 from pyro_vae.pair.trace import run_guide, run_model, trace_pair
@@ -29,12 +28,13 @@ class AnnealingPath:
         self.sites = trace.latents
         for name in self.sites:
             _check_real(trace.model[name])
+        self.flat = FlatLatents(self.sites)
 
     def draw(self) -> Tensor:
         """Return C × B independent draws of p_0, (C, B, L)."""
         run = run_model if self.start == "prior" else run_guide
         sites = run(self.pair, *self.batch, num_particles=self.num_chains, values=self.fixed)
-        return self._lay_out({name: sites[name].value for name in self.sites})
+        return self.flat.points_of(sites)
 
     def posterior_draw(self, latents: dict[str, Tensor], rows: Tensor) -> Tensor:
         """Return each datum's simulated latents for every chain, (C, B, L)."""
@@ -43,11 +43,11 @@ class AnnealingPath:
             # One draw, without an axis of particles.
             value = latents[name].movedim(site.data_dim, 0)[rows.to(latents[name].device)]
             chosen[name] = site.lay_out(value.movedim(0, site.data_dim))
-        return self._lay_out(chosen)
+        return self.flat.lay_out(chosen)
 
     def log_densities(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return log p_0(z) and log p(x, z), each (C, B)."""
-        values = self._take_apart(z)
+        values, _ = self.flat.take_apart(z)
         model = run_model(self.pair, *self.batch, num_particles=self.num_chains, values={**self.fixed, **values})
         log_joint: Any = sum(site.log_prob for site in model.values())
         start: Mapping[str, Site] = model
@@ -63,18 +63,6 @@ class AnnealingPath:
                 f"the guide fixes site '{name}' to a point mass at a function of x, where a simulated '{name}' is not: "
                 "use annealed_log_likelihood on data"
             )
-
-    def _lay_out(self, values: dict[str, Tensor]) -> Tensor:
-        return torch.cat([values[name].reshape(*values[name].shape[:2], -1) for name in self.sites], -1)
-
-    def _take_apart(self, z: Tensor) -> dict[str, Tensor]:
-        values, begin = {}, 0
-        for name, site in self.sites.items():
-            shape = site.value.shape
-            end = begin + math.prod(shape[2:])
-            values[name] = site.as_drawn(z[..., begin:end].reshape(shape))
-            begin = end
-        return values
 
 
 def _check_real(site: Site) -> None:

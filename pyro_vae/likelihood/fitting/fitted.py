@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pyro_vae.inspection import Inspection
-from pyro_vae.likelihood.fitting.flat import FlatLatents
 from pyro_vae.likelihood.fitting.modes import Mode, find_modes
+from pyro_vae.likelihood.flat import FlatLatents
 from pyro_vae.likelihood.proposals import Proposal, described
 from pyro_vae.likelihood.psis import pareto_tail, tail_size
 from pyro_vae.pair.site import ExactSite, exact
@@ -25,14 +25,15 @@ MODES = 8
 PILOT = 400
 # A pilot's k̂ up to which a proposal is taken, below the threshold of trust: the estimate has other draws.
 ENOUGH = 0.3
-# Widths of the components, their degrees of freedom, and shares of the guide. The first one is for posteriors that are
-# Gaussian; others have tails that a pilot does not show, and need more. They are tried in turn.
-EXACT = (1.0, math.inf, 0.0, 0.0)
 # The prior's draws are few and far from most posteriors. They show a mode that no start led to, by a large weight.
 PRIOR = 0.05
 # Several modes are rarely all: then the prior has a larger share.
 SEVERAL, PRIOR_OF_SEVERAL = 4, 0.4
-CANDIDATES = ((1.0, 7.0, 0.1), (1.15, math.inf, 0.1), (1.2, 5.0, 0.1), (1.3, math.inf, 0.1))
+# The guide's share beside components.
+GUIDE = 0.1
+# Widths and degrees of freedom of the components, tried in turn. All reach beyond the modes: a posterior's tails are
+# longer than a pilot shows.
+CANDIDATES = ((1.0, 7.0), (1.15, math.inf), (1.2, 5.0), (1.3, math.inf))
 
 
 class Fit(NamedTuple):
@@ -61,14 +62,14 @@ class FittedProposal(Proposal):
     E L_K ≤ log p(x) stays true.
 
     Args:
-        inspection: of the pair. Its latents must be continuous: see :func:`~pyro_vae.likelihood.fitting.flat.unfit`.
+        inspection: of the pair. Its latents must be continuous: see :func:`~pyro_vae.likelihood.flat.unfit`.
 
     Reference:
         Tierney and Kadane (1986), Accurate approximations for posterior moments and marginal densities, JASA 81; Owen
         and Zhou (2000), Safe and effective importance sampling, JASA 95, for the guide's share.
     """
 
-    name = "auto"
+    name, fits = "auto", True
 
     def __init__(self, inspection: Inspection) -> None:
         super().__init__(inspection)
@@ -80,27 +81,23 @@ class FittedProposal(Proposal):
         # Gradients need ordinary tensors, also where the caller evaluates in inference mode.
         with torch.inference_mode(False), torch.no_grad():
             datum = tuple(tensor.clone() for tensor in datum)
-            sites = exact(run_guide(self.pair, *datum, num_particles=MODES))
-            size = self._flat(sites).lay_out(sites).shape[-1]
-            alone = self._mixture(datum, [], size, 1.0, math.inf, 1.0, 0.0)
-            best, least = alone, self._pilot(datum, alone)
+            modes, empty = find_modes(self.pair, datum, self.supports, self.fixed)
+            best = _mixture([], empty, guide=1.0)
+            least = self._pilot(datum, best)
             if least > -math.inf:
-                best = self._mixture(datum, [], size, 1.0, math.inf, 1.0 - PRIOR, PRIOR)
+                best = _mixture([], empty, guide=1.0 - PRIOR, prior=PRIOR)
                 least = self._pilot(datum, best)
-            modes = find_modes(self.pair, datum, self.supports, self.fixed)
+            if not modes or (len(modes) == 1 and least <= ENOUGH):
+                return best
+            exactly = _mixture(modes, empty)
+            if self._pilot(datum, exactly) == -math.inf and self._is_whole(datum, modes, exactly):
+                return exactly
             if len(modes) > 1:
                 # No weight of the guide's draws tells of a mode that it does not know.
                 least = math.inf
-            elif least <= ENOUGH:
-                return best
-            if not modes:
-                return best
-            exactly = self._mixture(datum, modes, size, *EXACT)
-            if self._pilot(datum, exactly) == -math.inf and self._is_whole(datum, modes, exactly):
-                return exactly
             prior = PRIOR if len(modes) < SEVERAL else PRIOR_OF_SEVERAL
-            for shaped in CANDIDATES:
-                candidate = self._mixture(datum, modes, size, *shaped, prior)
+            for width, degrees in CANDIDATES:
+                candidate = _mixture(modes, empty, width=width, degrees=degrees, guide=GUIDE, prior=prior)
                 shape = self._pilot(datum, candidate)
                 if shape < least:
                     best, least = candidate, shape
@@ -131,16 +128,13 @@ class FittedProposal(Proposal):
     def beside(self, inspection: Inspection) -> str:
         return inspection.beside
 
-    def _flat(self, sites: dict[str, ExactSite]) -> FlatLatents:
-        return FlatLatents({name: sites[name] for name in self.supports}, self.supports)
-
     def _run(self, datum: tuple[Tensor, ...], fit: Fit, count: int) -> tuple[dict[str, ExactSite], Tensor, Tensor]:
         """Draw; return the model's sites, log |det ∂z/∂u| and log r(u), each (K, 1)."""
         drawn = exact(run_guide(self.pair, *datum, num_particles=count))
         fixed = {name: drawn[name].drawn for name in self.fixed}
         prior = exact(run_model(self.pair, *datum, num_particles=count, values=fixed))
-        flat = self._flat(drawn)
-        guides, priors = flat.lay_out(drawn), flat.lay_out(prior)
+        flat = FlatLatents(drawn, self.supports)
+        guides, priors = flat.points_of(drawn), flat.points_of(prior)
         means, factors, log_shares, degrees = (part[0] for part in fit)
         size = means.shape[-1]
         chosen = torch.multinomial(log_shares.exp(), count, replacement=True)
@@ -174,36 +168,9 @@ class FittedProposal(Proposal):
         others = torch.where(log_shares[-2:].isneginf(), -math.inf, programs + log_det + log_shares[-2:])
         return model, log_det, torch.logsumexp(torch.cat([each, others], -1), -1, keepdim=True)
 
-    def _mixture(
-        self,
-        datum: tuple[Tensor, ...],
-        modes: list[Mode],
-        size: int,
-        width: float,
-        degrees: float,
-        guide: float,
-        prior: float,
-    ) -> Fit:
-        device = datum[0].device
-        means = torch.zeros(MODES, size, dtype=torch.float64, device=device)
-        factors = torch.eye(size, dtype=torch.float64, device=device).repeat(MODES, 1, 1)
-        log_shares = torch.full((MODES + 2,), -math.inf, dtype=torch.float64, device=device)
-        kept = modes[:MODES]
-        if kept:
-            evidence = torch.stack([mode.log_evidence for mode in kept])
-            # A Gaussian's mass is a rough one: no mode gets less than a hundredth of the share.
-            weights = evidence.softmax(0).clamp(min=0.01)
-            log_shares[: len(kept)] = (weights / weights.sum()).log() + math.log1p(-guide - prior)
-            means[: len(kept)] = torch.stack([mode.point for mode in kept])
-            factors[: len(kept)] = width * torch.stack([mode.factor for mode in kept])
-        for place, share in ((-2, guide), (-1, prior)):
-            if share > 0:
-                log_shares[place] = math.log(share)
-        return Fit(means[None], factors[None], log_shares[None], means.new_tensor([degrees]))
-
     def _is_whole(self, datum: tuple[Tensor, ...], modes: list[Mode], exactly: Fit) -> bool:
         """Whether the prior's draws show no mode beside those of a proposal with equal weights."""
-        half = self._mixture(datum, modes, exactly.means.shape[-1], 1.0, math.inf, 0.0, 0.5)
+        half = _mixture(modes, exactly.means[0, 0], prior=0.5)
         log_p = self.log_weights((*datum, *exactly), 1)
         weights = self.log_weights((*datum, *half), PILOT)
         # Half of the draws are of the posterior, if that is all of it: no weight is above 2 p(x).
@@ -216,3 +183,29 @@ class FittedProposal(Proposal):
         rounding = Rounding(torch.finfo(datum[0].dtype).eps if datum[0].is_floating_point() else 1e-7)
         shape, _ = pareto_tail(largest, PILOT, rounding)
         return math.inf if math.isnan(shape) else shape
+
+
+def _mixture(
+    modes: list[Mode],
+    like: Tensor,
+    *,
+    width: float = 1.0,
+    degrees: float = math.inf,
+    guide: float = 0.0,
+    prior: float = 0.0,
+) -> Fit:
+    """Return the mixture of components at modes with shares of guide and prior; ``like`` is any point, (L,)."""
+    means = like.new_zeros(MODES, len(like))
+    factors = torch.eye(len(like), dtype=like.dtype, device=like.device).repeat(MODES, 1, 1)
+    log_shares = like.new_full((MODES + 2,), -math.inf)
+    kept = modes[:MODES]
+    if kept:
+        # A Gaussian's mass is a rough one: no mode gets less than a hundredth of the share.
+        weights = torch.stack([mode.log_evidence for mode in kept]).softmax(0).clamp(min=0.01)
+        log_shares[: len(kept)] = (weights / weights.sum()).log() + math.log1p(-guide - prior)
+        means[: len(kept)] = torch.stack([mode.point for mode in kept])
+        factors[: len(kept)] = width * torch.stack([mode.factor for mode in kept])
+    for place, share in ((-2, guide), (-1, prior)):
+        if share > 0:
+            log_shares[place] = math.log(share)
+    return Fit(means[None], factors[None], log_shares[None], like.new_tensor([degrees]))

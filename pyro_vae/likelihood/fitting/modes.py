@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_vae.likelihood.fitting.flat import FlatLatents
+from pyro_vae.likelihood.flat import FlatLatents
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.site import exact
 from pyro_vae.pair.trace import run_guide, run_model
@@ -49,19 +49,20 @@ class _Density:
     def __init__(
         self, pair: Pair, datum: tuple[Tensor, ...], supports: Mapping[str, Any], fixed: Sequence[str]
     ) -> None:
-        self.pair, self.datum, self.supports, self.fixed = pair, datum, supports, fixed
+        self.pair, self.datum, self.fixed = pair, datum, fixed
         sites = exact(run_guide(pair, *datum, num_particles=MEAN_OF))
-        draws = self._flat(sites).lay_out(sites)[:, 0].double()
-        self.dtype, self.scale = self._flat(sites).lay_out(sites).dtype, draws.std(0).clamp(min=1e-4)
+        self.flat = FlatLatents(sites, supports)
+        points = self.flat.points_of(sites)[:, 0]
+        self.dtype, draws = points.dtype, points.double()
         held = {name: sites[name].drawn for name in fixed}
         model = exact(run_model(pair, *datum, num_particles=MEAN_OF, values=held))
-        priors = self._flat(model).lay_out(model)[:, 0].double()
+        priors = self.flat.points_of(model)[:, 0].double()
         data = torch.stack([site.log_prob for name, site in model.items() if name not in supports]).sum(0)[:, 0]
         # Adding Gumbel noise and taking the largest draws without replacement in proportion to the weights.
         noisy = data.nan_to_num(nan=-math.inf) - torch.empty_like(data).exponential_().log()
         chosen = priors[noisy.topk(CHOSEN).indices]
         self.starts = torch.cat([draws.mean(0, keepdim=True), draws[:GUIDES], priors[:PRIORS], chosen])
-        self.step = self._step(self.scale.clamp(max=1.0))
+        self.step = self._step(draws.std(0).clamp(min=1e-4, max=1.0))
 
     def _step(self, scale: Tensor) -> Tensor:
         """Return the step of central differences: rounding of a gradient over it balances its square."""
@@ -73,19 +74,17 @@ class _Density:
         if bool(widths.isfinite().all()):
             self.step = self._step(widths.clamp(max=1.0))
 
-    def _flat(self, sites: Mapping[str, Any]) -> FlatLatents:
-        return FlatLatents({name: sites[name] for name in self.supports}, self.supports)
-
     def __call__(self, points: Tensor, *, gradient: bool = False) -> tuple[Tensor, Tensor]:
         """Return the density (N,) and its gradient (N, L), or zeros, at points (N, L)."""
         count = len(points)
         flat_points = points.to(self.dtype).unsqueeze(1)
-        sites = run_guide(self.pair, *self.datum, num_particles=count)
-        fixed = {name: sites[name].drawn.detach() for name in self.fixed}
-        flat = self._flat(sites)
+        fixed = {}
+        if self.fixed:
+            sites = run_guide(self.pair, *self.datum, num_particles=count)
+            fixed = {name: sites[name].drawn.detach() for name in self.fixed}
         with torch.set_grad_enabled(gradient):
             flat_points.requires_grad_(gradient)
-            values, log_det = flat.take_apart(flat_points)
+            values, log_det = self.flat.take_apart(flat_points)
             model = exact(run_model(self.pair, *self.datum, num_particles=count, values={**fixed, **values}))
             log_joint = (torch.stack([site.log_prob for site in model.values()]).sum(0) + log_det)[:, 0]
             if not gradient:
@@ -104,8 +103,10 @@ class _Density:
         return value.reshape(count, -1)[:, 0], slope[:, 0], 0.5 * (difference + difference.mT)
 
 
-def find_modes(pair: Pair, datum: tuple[Tensor, ...], supports: Mapping[str, Any], fixed: Sequence[str]) -> list[Mode]:
-    """Return the modes that damped Newton steps from several starts reach, the one of most evidence first.
+def find_modes(
+    pair: Pair, datum: tuple[Tensor, ...], supports: Mapping[str, Any], fixed: Sequence[str]
+) -> tuple[list[Mode], Tensor]:
+    """Return the modes that damped Newton steps from several starts reach, the one of most evidence first, and a start.
 
     Args:
         pair: a pair in evaluation mode.
@@ -114,7 +115,7 @@ def find_modes(pair: Pair, datum: tuple[Tensor, ...], supports: Mapping[str, Any
         fixed: sites that the guide fixes to a point mass.
     """
     density = _Density(pair, datum, supports, fixed)
-    points = density.starts
+    points = density.starts.clone()
     active = torch.arange(len(points), device=points.device)
     for _ in range(ROUNDS):
         value, slope, curvature = density.curvature(points[active])
@@ -130,7 +131,8 @@ def find_modes(pair: Pair, datum: tuple[Tensor, ...], supports: Mapping[str, Any
         active = active[better]
         if not len(active):
             break
-    return _distinct(points, *density.curvature(points))
+    value, _, curvature = density.curvature(points)
+    return _distinct(points, value, curvature), density.starts[0]
 
 
 def _spectrum(curvature: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,7 +142,7 @@ def _spectrum(curvature: Tensor) -> tuple[Tensor, Tensor]:
     return sizes.clamp(min=1e-12).maximum(FLOOR * sizes.amax(-1, keepdim=True)), axes
 
 
-def _distinct(points: Tensor, value: Tensor, slope: Tensor, curvature: Tensor) -> list[Mode]:
+def _distinct(points: Tensor, value: Tensor, curvature: Tensor) -> list[Mode]:
     lengths, axes = _spectrum(curvature)
     factors = axes / lengths.sqrt().unsqueeze(-2)
     evidence = value + 0.5 * points.shape[-1] * math.log(2 * math.pi) - 0.5 * lengths.log().sum(-1)

@@ -46,16 +46,21 @@ class FlatLatents:
 
     Args:
         sites: the latent sites of a run, each laid out as (K, B, …).
-        supports: the support of each site's entries.
+        supports: the support of each site's entries, by name; sites without one are left out. All real by default.
     """
 
-    def __init__(self, sites: Mapping[str, Site], supports: Mapping[str, Any]) -> None:
-        self.sites = sites
-        self.maps = {name: biject_to(supports[name]) for name in sites}
+    def __init__(self, sites: Mapping[str, Site], supports: Mapping[str, Any] | None = None) -> None:
+        supports = dict.fromkeys(sites, constraints.real) if supports is None else supports
+        self.sites = {name: sites[name] for name in supports}
+        self.maps = {name: biject_to(support) for name, support in supports.items()}
 
-    def lay_out(self, sites: Mapping[str, Site]) -> Tensor:
-        """Return the sites' values as points, (K, B, L)."""
-        parts = [self.maps[name].inv(sites[name].value) for name in self.sites]
+    def points_of(self, sites: Mapping[str, Site]) -> Tensor:
+        """Return the values of another run's sites as points, (K, B, L)."""
+        return self.lay_out({name: sites[name].value for name in self.sites})
+
+    def lay_out(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Return values that are laid out as (K, B, …) as points, (K, B, L)."""
+        parts = [self.maps[name].inv(values[name]) for name in self.sites]
         return torch.cat([part.reshape(*part.shape[:2], -1) for part in parts], -1)
 
     def take_apart(self, points: Tensor) -> tuple[dict[str, Tensor], Tensor]:
