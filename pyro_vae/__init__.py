@@ -25,6 +25,7 @@ from pyro_vae.likelihood.ais.annealing import (
 )
 from pyro_vae.likelihood.estimate import LogLikelihood
 from pyro_vae.likelihood.importance import log_likelihood, naive_log_likelihood
+from pyro_vae.likelihood.posterior import posterior
 from pyro_vae.networks.annealed import Annealed, advance
 from pyro_vae.objectives.closed_form import AnalyticLoss, analytic_loss
 from pyro_vae.objectives.dreg import DReG
@@ -34,7 +35,7 @@ from pyro_vae.pair.terms import LogTerms, SiteTerms
 from pyro_vae.pair.trace import log_terms, site_terms
 from pyro_vae.predict.generate import generate
 from pyro_vae.predict.imputation import impute
-from pyro_vae.predict.posterior import posterior, reconstruct
+from pyro_vae.predict.reconstruction import reconstruct
 from pyro_vae.predict.super_resolution import super_resolve
 from pyro_vae.training.em import ExpectationMaximisation, em
 from pyro_vae.training.fit import Run, fit

@@ -91,12 +91,16 @@ def measure(ratio: float, options: Options) -> dict[str, float]:
     truth = pair.exact_log_likelihood(x).detach()
     hits, tails = [], []
     for repeat in range(options.repeats):
-        ll = pv.log_likelihood(pair, x, num_particles=options.num_particles, seed=options.seed + repeat)
+        ll = pv.log_likelihood(
+            pair, x, num_particles=options.num_particles, seed=options.seed + repeat, proposal="guide"
+        )
         hits.append(((ll.per_datum - truth).abs() <= QUANTILE * ll.standard_error).double())
         tails.append(ll.pareto_k)
     covered, tail = torch.stack(hits), torch.stack(tails)
     same = [
-        pv.log_likelihood(pair, datum.expand(1000, -1), num_particles=options.num_particles, seed=options.seed + i)
+        pv.log_likelihood(
+            pair, datum.expand(1000, -1), num_particles=options.num_particles, seed=options.seed + i, proposal="guide"
+        )
         for i, datum in enumerate(x[:WATCHED].split(1))
     ]
     ratios = torch.stack([ll.standard_error.pow(2).mean().sqrt() / ll.per_datum.std() for ll in same])

@@ -104,7 +104,8 @@ def _likelihood(pair: pv.Pair, x: torch.Tensor, path: Path, num_particles: int, 
         return read_json(path)
     rows = x if size is None else pv.data.subset_after_shuffle(x, size)
     started = time.perf_counter()
-    ll = pv.log_likelihood(pair, rows, num_particles=num_particles, seed=0)
+    # Published figures are of the guide's draws.
+    ll = pv.log_likelihood(pair, rows, num_particles=num_particles, seed=0, proposal="guide")
     record = {
         "data": len(rows),
         "num_particles": num_particles,

@@ -46,7 +46,7 @@ def run(scale: float, data_root: str | None) -> dict[str, Any]:
             seconds += trained(pair, data, run, **settings)[0]
             losses.append(_training_loss(pair, data.test))
             bounds.append(negative_elbo(pair, data.test, num_particles=10))
-            likelihoods.append(pv.log_likelihood(pair, few, num_particles=100, seed=seed).mean)
+            likelihoods.append(pv.log_likelihood(pair, few, num_particles=100, seed=seed, proposal="guide").mean)
         row = {"published": published, "training_loss": losses, "negative_elbo": bounds, "log_likelihood": likelihoods}
         variants[name] = {**row, "seconds": seconds / SEEDS}
     return {"variants": variants, "epochs": epochs, "seeds": SEEDS, "test_data": len(data.test), "few": len(few)}

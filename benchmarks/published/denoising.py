@@ -41,7 +41,7 @@ def run(scale: float, data_root: str | None) -> dict[str, Any]:
             if isinstance(pair, pv.models.DenoisingVAE):
                 # As many as the largest training takes: an evaluation is the tighter the more there are.
                 pair.corruptions = 5
-            ll = pv.log_likelihood(pair, x, num_particles=500, seed=seed)
+            ll = pv.log_likelihood(pair, x, num_particles=500, seed=seed, proposal="guide")
             means.append(ll.mean)
             errors.append(ll.mean_monte_carlo_error)
         row = {"log_likelihood": means, "monte_carlo_error": max(errors), "parameters": parameters}

@@ -43,11 +43,12 @@ def run(scale: float, data_root: str | None) -> dict[str, Any]:
         bounds, likelihoods, seconds = [], [], 0.0
         for seed in SEEDS:
             torch.manual_seed(seed)
-            pair = _pair(flow, length, data.x_shape)
+            pair = make_pair(flow, length, data.x_shape)
             name = f"flows/{flow}-{length}-{epochs}-{seed}"
             seconds += trained(pair, data, name, epochs=epochs, batch_size=100, seed=seed)[0]
             bounds.append(negative_elbo(pair, data.test))
-            likelihoods.append(pv.log_likelihood(pair, x, num_particles=PARTICLES, seed=seed).mean)
+            ll = pv.log_likelihood(pair, x, num_particles=PARTICLES, seed=seed, proposal="guide")
+            likelihoods.append(ll.mean)
         row = {"flow": flow, "length": length, "negative_elbo": bounds, "log_likelihood": likelihoods}
         rows.append({**row, "seconds": seconds / len(SEEDS)})
     return {"rows": rows, "epochs": epochs, "seeds": list(SEEDS), "data": DATA, "particles": PARTICLES}
@@ -76,7 +77,7 @@ def table(record: dict[str, Any]) -> str:
     )
 
 
-def _pair(flow: Any, length: int, x_shape: tuple[int, ...]) -> pv.Pair:
+def make_pair(flow: Any, length: int, x_shape: tuple[int, ...]) -> pv.Pair:
     layers = posterior_layers(flow, length, LATENT, CONTEXT) if length else []
     seen = any(isinstance(layer, ConditionalTransformModule) for layer in layers)
     posterior = pv.FlowPosterior(layers, CONTEXT if seen else 0)

@@ -35,7 +35,7 @@ def _one(data: pv.data.DataSet, k: int, stages: list[int]) -> dict[str, Any]:
         encoder=MLP([data.x_shape], 100, (200, 200), torch.tanh),
         decoder=MLP([(50,)], 784, (200, 200), torch.tanh),
     )
-    _initialise(pair, data.train.mean(0).flatten())
+    initialise(pair, data.train.mean(0).flatten())
     seconds, negative_elbo = 0.0, 0.0
     name = f"iwae/{k}-{sum(stages)}"
     for stage, epochs in enumerate(stages):
@@ -55,7 +55,7 @@ def _one(data: pv.data.DataSet, k: int, stages: list[int]) -> dict[str, Any]:
     return {"seconds": seconds, "negative_elbo": negative_elbo, **evaluated(pair, data, f"{name}/{len(stages) - 1}")}
 
 
-def _initialise(pair: pv.models.VAE, mean: torch.Tensor) -> None:
+def initialise(pair: pv.models.VAE, mean: torch.Tensor) -> None:
     """Begin as published: weights by Glorot and Bengio (2010), biases at zero, the output's at the data's mean."""
     for layer in (module for module in pair.modules() if isinstance(module, torch.nn.Linear)):
         torch.nn.init.xavier_uniform_(layer.weight)

@@ -40,13 +40,13 @@ def run(scale: float, data_root: str | None) -> dict[str, Any]:
         rows[name] = {"divergences": [], "negative_log_likelihood": [], "standard_error": [], "seconds": []}
         for seed in SEEDS:
             torch.manual_seed(seed)
-            pair = _pair(*LADDERS[layers], data.x_shape, batch_norm="batch norm" in way)
+            pair = make_pair(*LADDERS[layers], data.x_shape, batch_norm="batch norm" in way)
             # An objective has no β to warm up.
             settings = {"warmup": max(1, epochs // 2)} if "warm-up" in way else {"loss": free_bits(FREE_BITS)}
             run = f"ladder/{layers}-{way.replace(' ', '-')}-{epochs}-{seed}"
             seconds = trained(pair, data, run, epochs=epochs, batch_size=100, seed=seed, **settings)[0]
             report = pv.collapse_report(pair, x, seed=seed)
-            ll = pv.log_likelihood(pair, x, num_particles=PARTICLES, seed=seed)
+            ll = pv.log_likelihood(pair, x, num_particles=PARTICLES, seed=seed, proposal="guide")
             rows[name]["divergences"].append([report.sites[f"z{i + 1}"].kl for i in range(layers)])
             rows[name]["negative_log_likelihood"].append(-ll.mean)
             rows[name]["standard_error"].append(ll.mean_standard_error)
@@ -82,7 +82,9 @@ def table(record: dict[str, Any]) -> str:
     )
 
 
-def _pair(sizes: tuple[int, ...], hidden: tuple[int, ...], x_shape: tuple[int, ...], *, batch_norm: bool) -> pv.Pair:
+def make_pair(
+    sizes: tuple[int, ...], hidden: tuple[int, ...], x_shape: tuple[int, ...], *, batch_norm: bool
+) -> pv.Pair:
     norm: Any = {"batch_norm": batch_norm}
     first = MLP([x_shape], hidden[0], (hidden[0],), **norm)
     bottom_up = [

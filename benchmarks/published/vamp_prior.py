@@ -37,7 +37,7 @@ def run(scale: float, data_root: str | None) -> dict[str, Any]:
 
 def _one(prior: str, data: pv.data.DataSet, seed: int, epochs: int) -> dict[str, Any]:
     torch.manual_seed(seed)
-    pair, name = _pair(prior, data), f"vamp_prior/{prior.split('(')[0].lower()}-{epochs}-{seed}"
+    pair, name = make_pair(prior, data), f"vamp_prior/{prior.split('(')[0].lower()}-{epochs}-{seed}"
     # With as much patience as there are epochs none is left out, and the best by validation is kept.
     settings: dict[str, Any] = {"epochs": epochs, "batch_size": 100, "lr": LR, "seed": seed, "patience": epochs}
     settings |= {"warmup": min(WARMUP, epochs), "scheduler": lowered(epochs, MILESTONES, 1 / 3)}
@@ -72,7 +72,7 @@ def table(record: dict[str, Any]) -> str:
     )
 
 
-def _pair(name: str, data: pv.data.DataSet) -> pv.Pair:
+def make_pair(name: str, data: pv.data.DataSet) -> pv.Pair:
     networks: dict[str, Any] = {
         "encoder": GatedMLP([data.x_shape], 2 * LATENT),
         "decoder": GatedMLP([(LATENT,)], 784),

@@ -130,6 +130,7 @@ def ours(pair: pv.Pair, x: Tensor, num_particles: int, capture: bool) -> Turn:
         num_particles=num_particles,
         seed=0,
         capture=capture,
+        proposal="guide",
         progress=lambda done, total: times.append(time.perf_counter()),
     )
     # The first chunk's time holds the set-up.

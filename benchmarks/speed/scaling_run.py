@@ -59,7 +59,9 @@ def main(options: Options) -> None:
 
     def estimate(part: torch.Tensor, seed: int) -> pv.LogLikelihood:
         count = options.num_particles
-        return pv.log_likelihood(pair, part, num_particles=count, seed=seed, progress=False, capture=False)
+        return pv.log_likelihood(
+            pair, part, num_particles=count, seed=seed, progress=False, capture=False, proposal="guide"
+        )
 
     def evaluate() -> None:
         # Every process returns with the values of all of them, and so ends when the last one does.

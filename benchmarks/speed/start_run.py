@@ -82,7 +82,7 @@ def log_likelihood(pair: pv.Pair, x: Tensor) -> None:
         if done:
             raise StartedError
 
-    pv.log_likelihood(pair, x[:1], num_particles=PARTICLES, seed=0, progress=ended, capture=False)
+    pv.log_likelihood(pair, x[:1], num_particles=PARTICLES, seed=0, progress=ended, capture=False, proposal="guide")
 
 
 CALLS: dict[str, Callable[[pv.Pair, Tensor], None]] = {

@@ -37,7 +37,7 @@ def main(options: Options) -> None:
 
     draws = Predictive(pair.model, guide=pair.guide, num_samples=5)(data.test[:3])
     print("Predictive drew", {name: tuple(value.shape) for name, value in draws.items()})
-    print(pv.log_likelihood(pair, data.test, num_particles=200))
+    print(pv.log_likelihood(pair, data.test[:50], num_particles=200))
 
 
 if __name__ == "__main__":

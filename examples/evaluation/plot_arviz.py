@@ -28,6 +28,8 @@ class Options:
 
     epochs: int = 60
     """Passes over the data."""
+    size: int = 360
+    """Test digits to compare on."""
     out: Path = Path("runs/plot_arviz")
     """Folder of the figure."""
 
@@ -40,15 +42,14 @@ def main(options: Options) -> None:
     pairs = {name: pv.models.VAE(data.x_shape, p, pv.DiscretisedLogistic(data.levels)) for name, p in priors.items()}
     for pair in pairs.values():
         pv.fit(pair, data.train, epochs=options.epochs, lr=2e-3)
-    held_out = {name: pv.log_likelihood(pair, data.test, seed=0) for name, pair in pairs.items()}
+    held_out = {name: pv.log_likelihood(pair, data.test[: options.size], seed=0) for name, pair in pairs.items()}
     comparison = az.compare({name: pv.to_elpd(ll) for name, ll in held_out.items()})
     print(comparison[["elpd_diff", "dse"]])
     exported = pv.to_arviz(pairs["2"], data.test[:100], num_draws=200, seed=0)
-    figure = Figure(figsize=(12, 3.8), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
+    left, middle, right = (figure := Figure(figsize=(12, 3.8), layout="constrained")).subplots(1, 3)
     posteriors(left, exported["posterior"], data.test_labels)
     ink(middle, exported)
-    behind, error = (comparison[column].abs() / len(data.test) for column in ("elpd_diff", "dse"))
+    behind, error = (comparison[column].abs() / options.size for column in ("elpd_diff", "dse"))
     right.errorbar(behind, comparison.index, xerr=error, fmt="o", capsize=4)
     right.set(xlabel="nats per digit behind the best (± paired error)", ylabel="latents", title="held-out log p(x)")
     options.out.mkdir(parents=True, exist_ok=True)

@@ -60,7 +60,7 @@ def main(options: Options) -> None:
         exact = float(pair.exact_log_likelihood(x).mean())
         terms = pv.log_terms(pair, x, num_particles=2000)
         found = {name: float(wrong(terms.log_weights, terms)) for name, wrong in WRONG.items()}
-    ours = pv.log_likelihood(pair, x, num_particles=2000)
+    ours = pv.log_likelihood(pair, x, num_particles=2000, proposal="guide")
 
     ax = Figure(figsize=(10, 3.8), layout="constrained").subplots()
     for row, (name, wrong) in enumerate(found.items()):

@@ -38,13 +38,16 @@ class Demo:
         torch.set_num_threads(1)
         training = Training(run_dir=self.run_dir or _free_folder(Path("runs/demo")), epochs=self.epochs, lr=self.lr)
         folder, pair, data = train(SRVAERecipe(), training)
-        ll = log_likelihood(pair, data.test, num_particles=1000, seed=0)
+        ll, guide = (
+            log_likelihood(pair, data.test, num_particles=1000, seed=0, proposal=proposal)
+            for proposal in ("auto", "guide")
+        )
         terms = read_json(folder / "loss_terms.json")
         table = Table("term (nats per datum)", *terms, title="−ELBO by sampling and in closed form")
         for name in terms["Trace_ELBO"]:
             table.add_row(name, *(f"{column[name][0]:.3f} ± {column[name][1]:.3f}" for column in terms.values()))
         console.print(table)
-        report_likelihood(folder, ll)
+        report_likelihood(folder, ll, guide)
 
 
 def _free_folder(folder: Path) -> Path:

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from pyro_vae._version import __version__
 from pyro_vae.diagnostics.arviz_containers import elpd_data, inference_data
-from pyro_vae.inspection import inspect
+from pyro_vae.inspection import Inspection
 from pyro_vae.inspection.arrays import takes_arrays
 from pyro_vae.inspection.observed import dependent_on_draws
 from pyro_vae.likelihood.estimate import LogLikelihood
+from pyro_vae.likelihood.posterior import DrawsFrom, fitted_draws, guided
 from pyro_vae.likelihood.psis import trust_threshold
 from pyro_vae.likelihood.weights import WeightStream, WeightSummary
 from pyro_vae.pair.modes import chunks, drawing, to_pair
@@ -38,6 +39,7 @@ def to_arviz(
     num_draws: int = 500,
     memory: int = 512 * MEBIBYTE,
     seed: int | None = None,
+    proposal: DrawsFrom = "guide",
 ) -> Any:
     """Draw latents from p(z | x) by resampling, and export them to ArviZ with weights and predictions.
 
@@ -59,10 +61,11 @@ def to_arviz(
     Args:
         pair: any pair.
         batch: ``x`` (B, …) and the pair's conditions.
-        num_particles: K, draws of the guide per datum.
+        num_particles: K, draws of the proposal per datum.
         num_draws: S, draws of the posterior per datum, at most K.
         memory: bytes for a chunk of data and particles, beside the result.
         seed: of the draws; fresh entropy without one.
+        proposal: in place of q(z | x), as for :func:`~pyro_vae.posterior`.
 
     Returns:
         An ``arviz.InferenceData``, with ArviZ 1 an ``xarray.DataTree``, of one chain. Dimensions are ``chain`` (1),
@@ -94,12 +97,12 @@ def to_arviz(
             f"num_draws is {num_draws}, num_particles {num_particles}: draws are taken among the particles, at least "
             "one and no more than there are"
         )
-    inspection = inspect(pair, batch)
-    batch = to_pair(pair, batch)
+    inspection = guided(pair, batch, proposal)
+    pair, batch = inspection.pair, to_pair(inspection.pair, batch)
     # Data that latents explain are predicted; a label at the root of the model stays as it is.
     predicted = (inspection.x.name, *(dependent_on_draws(pair, *batch) if len(batch) > 1 else ()))
     with drawing(pair, seed):
-        exporter = _Exporter(pair, num_particles, num_draws, predicted)
+        exporter = _Exporter(inspection, num_particles, num_draws, predicted, is_fitted=proposal == "auto")
         data, exporter.chunk = chunk_sizes(exporter.propose, batch, num_particles, memory)
         parts = [exporter.export(chunk, i * data) for i, chunk in enumerate(chunks(batch, data))]
     return inference_data(_groups(parts, batch[1:], num_particles, inspection.quantity, inspection.x.name))
@@ -176,11 +179,14 @@ class _Part(NamedTuple):
 
 
 class _Exporter:
-    """Draw particles of the guide, resample them and predict from them, ``chunk`` particles at a time."""
+    """Draw particles of the proposal, resample them and predict from them, ``chunk`` particles at a time."""
 
-    def __init__(self, pair: Pair, num_particles: int, num_draws: int, predicted: tuple[str, ...]) -> None:
-        self.pair, self.num_particles, self.num_draws, self.chunk = pair, num_particles, num_draws, 1
-        self.predicted = predicted
+    def __init__(
+        self, inspection: Inspection, num_particles: int, num_draws: int, predicted: tuple[str, ...], *, is_fitted: bool
+    ) -> None:
+        self.inspection, self.pair, self.chunk = inspection, inspection.pair, 1
+        self.num_particles, self.num_draws = num_particles, num_draws
+        self.predicted, self.is_fitted = predicted, is_fitted
 
     def propose(self, batch: tuple[Tensor, ...], size: int) -> tuple[PairTrace, Tensor]:
         """Return a run of guide and model, and its log-weights (size, b)."""
@@ -190,24 +196,17 @@ class _Exporter:
     def export(self, batch: tuple[Tensor, ...], first: int) -> _Part:
         """Return the export of some data, of which the first has index ``first``."""
         stream = WeightStream(len(batch[0]), self.num_particles, batch[0].device)
-        values: dict[str, list[Tensor]] = {}
-        parts = []
-        for size in self._chunks(self.num_particles):
-            trace, weights = self.propose(batch, size)
-            stream.add(weights)
-            parts.append(weights.double())
-            for name, site in trace.guide.items():
-                values.setdefault(name, []).append(site.value)
+        trace, values, log_weights = self._fitted(batch) if self.is_fitted else self._guided(batch)
+        stream.add(log_weights)
         summary = stream.summary()
         if (bad := ~torch.isfinite(summary.log_mean)).any():
             raise ValueError(
                 f"all {self.num_particles} weights of datum {first + int(bad.nonzero()[0])} are zero, infinite or NaN: "
-                "no draw of the guide explains it; run pv.log_likelihood on that datum alone to see the reason"
+                "no draw of the proposal explains it; run pv.log_likelihood on that datum alone to see the reason"
             )
-        log_weights = torch.cat(parts)
         particle = _resample(log_weights, self.num_draws)
         data = torch.arange(len(batch[0]), device=particle.device)
-        draws = {name: torch.cat(parts)[particle, data] for name, parts in values.items()}
+        draws = {name: value[particle, data] for name, value in values.items()}
         return _Part(
             {name: _named(draws[name], site) for name, site in trace.latents.items()},
             self._predict(batch, draws, trace),
@@ -221,6 +220,24 @@ class _Exporter:
             particle,
             summary,
         )
+
+    def _guided(self, batch: tuple[Tensor, ...]) -> tuple[PairTrace, dict[str, Tensor], Tensor]:
+        """Return a run of the programs, and K draws of the guide by site with their log-weights (K, b)."""
+        values: dict[str, list[Tensor]] = {}
+        parts = []
+        for size in self._chunks(self.num_particles):
+            trace, weights = self.propose(batch, size)
+            parts.append(weights.double())
+            for name, site in trace.guide.items():
+                values.setdefault(name, []).append(site.value)
+        return trace, {name: torch.cat(each) for name, each in values.items()}, torch.cat(parts)
+
+    def _fitted(self, batch: tuple[Tensor, ...]) -> tuple[PairTrace, dict[str, Tensor], Tensor]:
+        """Return the same of draws from proposals fitted to the data."""
+        trace, _ = self.propose(batch, 1)
+        drawn = list(fitted_draws(self.inspection, batch, self.num_particles))
+        values = {name: torch.cat([each.latents[name] for each in drawn], 1) for name in trace.guide}
+        return trace, values, torch.cat([each.log_weights for each in drawn], 1)
 
     def _chunks(self, total: int) -> list[int]:
         return [min(self.chunk, total - start) for start in range(0, total, self.chunk)]

@@ -8,7 +8,7 @@ element-wise operations, and gives the same numbers up to rounding.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -17,7 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from pyro_vae.capture.inductor import compile_graph
 from pyro_vae.capture.onednn import through_onednn, with_faster_products
-from pyro_vae.capture.program import Capture, record
+from pyro_vae.capture.program import Capture, Layout, Program, layout, record
 from pyro_vae.capture.python_state import PairState
 from pyro_vae.capture.tracer import CaptureError
 from pyro_vae.likelihood.blocks import Blocks
@@ -25,7 +25,7 @@ from pyro_vae.pair.pair import Pair
 from pyro_vae.runtime.caller import warn_caller
 from pyro_vae.runtime.memory import CPU_WORKING_SET
 
-__all__ = ["LogWeights", "captured_blocks"]
+__all__ = ["Calls", "LogWeights", "captured_blocks"]
 
 # Log-weights (k, 1) of one datum and k draws.
 LogWeights: TypeAlias = Callable[[tuple[Tensor, ...], int], Tensor]
@@ -39,16 +39,59 @@ BYTES_BEFORE_COMPILING = 2000 * CPU_WORKING_SET
 _FASTER: dict[Any, bool] = {}
 
 
-def captured_blocks(
-    pair: Pair, log_weights: LogWeights, datum: tuple[Tensor, ...], blocks: Blocks, num_data: int, capture: Capture
-) -> LogWeights:
+class Calls:
+    """Calls of functions that run a pair's programs, replayed from recordings where these pay, and else eager.
+
+    There is one recording for each function and layout of arguments. A replay gives the same bits.
+
+    Args:
+        pair: the pair, in evaluation mode.
+        capture: True always records, or raises; False never; "auto" does where there are many calls.
+        to_come: calls to come.
+
+    >>> import pyro_vae as pv
+    >>> pair = pv.models.LinearGaussianVAE(3, 1)
+    >>> Calls(pair, False, 0)(lambda x: (x @ pair.weight,), torch.zeros(2, 3))[0].shape
+    torch.Size([2, 1])
+    """
+
+    def __init__(self, pair: Pair, capture: Capture, to_come: int) -> None:
+        self.state, self.capture = PairState(pair), capture
+        self.records = capture is True or (capture == "auto" and to_come >= BLOCKS_BEFORE_RECORDING)
+        # None for a function that cannot be recorded.
+        self._programs: dict[tuple[Any, Layout], Program | None] = {}
+
+    def __call__(self, function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Return what a function of the tensors, the pair's state and torch's random state returns.
+
+        Raises:
+            CaptureError: for ``capture=True`` and a function that cannot be recorded. "auto" warns and is eager.
+        """
+        if not self.records:
+            return function(*tensors)
+        key = (function, layout(tensors))
+        if key not in self._programs:
+            try:
+                self._programs[key] = _recorded(self.state, function, tensors)
+            except CaptureError as reason:
+                if self.capture is True:
+                    raise
+                self._programs[key] = None
+                warn_caller(f"log-likelihoods come from Pyro's eager pass, which is slower: {reason}")
+        program = self._programs[key]
+        if program is None:
+            return function(*tensors)
+        with torch.inference_mode(False):
+            return tuple(program.replay(self.state.tensors(), tensors))
+
+
+def captured_blocks(pair: Pair, log_weights: LogWeights, blocks: Blocks, num_data: int, capture: Capture) -> LogWeights:
     """Return a function that gives the log-weights of blocks from recordings where these pay, and else eagerly.
 
     Args:
         pair: the pair, in evaluation mode.
         log_weights: the eager computation, from (datum, k) to (k, 1), a function of the datum's values, the pair's
             parameters and buffers, and torch's random state.
-        datum: one datum and its conditions, to record with.
         blocks: the blocks of each datum.
         num_data: data to come.
         capture: True always records and compiles, False never; "auto" does each where there is enough to compute.
@@ -58,48 +101,59 @@ def captured_blocks(
         numbers up to rounding from a compiled one.
 
     Raises:
-        CaptureError: for ``capture=True`` and a program that cannot be recorded. "auto" warns and is eager.
+        CaptureError: from that function, for ``capture=True`` and a program that cannot be recorded. "auto" warns and
+            is eager.
     """
-    replays: dict[int, Callable[[tuple[Tensor, ...]], Tensor]] = {}
-    for size, count in Counter(blocks.sizes).items():
-        to_come = count * num_data
+    state = PairState(pair)
+    programs: dict[int, Program | None] = {}
+    counts = Counter(blocks.sizes)
+
+    def program_for(datum: tuple[Tensor, ...], size: int) -> Program | None:
+        to_come = counts[size] * num_data
         compiled = capture is True or to_come * blocks.nbytes * size // blocks.size >= BYTES_BEFORE_COMPILING
         if capture is False or (capture == "auto" and to_come < BLOCKS_BEFORE_RECORDING and not compiled):
-            continue
+            return None
         try:
-            replays[size] = _recorded(pair, log_weights, datum, size, compiled=compiled)
+            return _recorded(state, lambda *values: (log_weights(values, size),), datum, log_weights, compiled=compiled)
         except CaptureError as reason:
             if capture is True:
                 raise
             warn_caller(f"log-weights come from Pyro's eager pass, which is slower: {reason}")
-            break
+            # The other sizes would fail alike.
+            programs.update(dict.fromkeys(counts))
+            return None
 
     def captured(datum: tuple[Tensor, ...], size: int) -> Tensor:
-        return replays[size](datum) if size in replays else log_weights(datum, size)
+        if size not in programs:
+            programs[size] = program_for(datum, size)
+        if (program := programs[size]) is None:
+            return log_weights(datum, size)
+        with torch.inference_mode(False):
+            (result,) = program.replay(state.tensors(), datum)
+        return result
 
     return captured
 
 
 def _recorded(
-    pair: Pair, log_weights: LogWeights, datum: tuple[Tensor, ...], size: int, *, compiled: bool
-) -> Callable[[tuple[Tensor, ...]], Tensor]:
-    """Capture the eager computation on one datum; compile its program if asked."""
-    state = PairState(pair)
-    # Tensors made in inference mode cannot be captured; nothing here needs gradients.
+    state: PairState,
+    function: Callable[..., tuple[Tensor, ...]],
+    tensors: Sequence[Tensor],
+    watched: Callable[..., Any] | None = None,
+    *,
+    compiled: bool = False,
+) -> Program:
+    """Record a function of tensors; compile the recording if asked."""
+    # Tensors made in inference mode cannot be captured; nothing here needs gradients of parameters.
     with torch.inference_mode(False), torch.no_grad():
-        inputs = [tensor.clone() for tensor in datum]
-        program = record(lambda *values: log_weights(values, size), state, inputs, watched=log_weights)
+        inputs = [tensor.clone() for tensor in tensors]
+        watched = function if watched is None else watched
+        program = record(function, state, inputs, watched=watched, outputs=lambda taped: list(taped.value))
         if compiled:
             held = [tensor.detach() for tensor in (*state.tensors(), *inputs)]
             graph = _with_chosen_products(program.graph, held)
             program = program.running(compile_graph(graph, held) or graph)
-
-    def replay(datum: tuple[Tensor, ...]) -> Tensor:
-        with torch.inference_mode(False):
-            (result,) = program.replay(state.tensors(), datum)
-        return result
-
-    return replay
+    return program
 
 
 def _with_chosen_products(graph: GraphModule, inputs: list[Tensor]) -> GraphModule:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any, NamedTuple
 
 import torch
@@ -10,8 +11,9 @@ from rich.cells import cell_len
 from torch import Tensor
 
 from pyro_vae.likelihood.psis import trust_threshold
+from pyro_vae.likelihood.weights import SOURCES
 
-__all__ = ["LogLikelihood", "likelihood_notes", "likelihood_rows"]
+__all__ = ["LogLikelihood", "likelihood_notes", "likelihood_rows", "likelihood_table"]
 
 # The table names this many of the worst data.
 NAMED = 5
@@ -38,15 +40,19 @@ class LogLikelihood(NamedTuple):
             model observes another site.
         discrete: whether every observed site is a probability mass.
         num_dimensions: D, entries of one datum.
-        pareto_k: shape k̂ of the weights' tail, (B,); −∞ for weights that are equal up to rounding, NaN for K < 25.
+        pareto_k: shape k̂ of the weights' tail, (B,); −∞ for weights that are equal up to rounding, NaN for K < 25. At
+            least that of a pilot which knew of modes that the datum's proposal lacks.
         smoothed: L_K with a Pareto-smoothed tail, (B,).
         curve: L_1, L_2, L_4, … up to the largest power of two within K, (J, B). Each is a mean over disjoint groups of
-            the same draws; later entries have fewer groups.
+            the same draws; later entries have fewer groups. A datum of fewer draws repeats its last entry.
         curve_standard_error: Monte Carlo errors of ``curve`` from the spread of the groups, (J, B); the last one is
             by the delta method.
         num_scored: entries of each datum that the likelihood's mask leaves scored, (B,); None without a mask.
         beside: a clause on the sites that ``quantity`` concerns beside x; empty for log p(x) or a bound on it.
-        fitted: True for data whose draws come from a proposal fitted to them, (B,); None without ``proposal="auto"``.
+        draws: number of draws of each datum, (B,): K, or fewer by ``tolerance`` and for annealed data; None for K.
+        source: number in ``SOURCES`` of the proposal that each datum's draws come from, (B,); None for the guide.
+        tolerance: error per datum in nats that was asked for; None without one.
+        unfit: why no proposal could be fitted where one was asked for; empty if one could.
     """
 
     per_datum: Tensor
@@ -62,7 +68,10 @@ class LogLikelihood(NamedTuple):
     curve_standard_error: Tensor
     num_scored: Tensor | None = None
     beside: str = ""
-    fitted: Tensor | None = None
+    draws: Tensor | None = None
+    source: Tensor | None = None
+    tolerance: float | None = None
+    unfit: str = ""
 
     @property
     def mean(self) -> float:
@@ -97,7 +106,7 @@ class LogLikelihood(NamedTuple):
         """The share of data with k̂ above the threshold; NaN for K < 25."""
         if math.isnan(self.threshold):
             return math.nan
-        return float((self.pareto_k > self.threshold).double().mean())
+        return float((~self.settled).double().mean())
 
     @property
     def share_above_half(self) -> float:
@@ -110,8 +119,19 @@ class LogLikelihood(NamedTuple):
 
     @property
     def settled(self) -> Tensor:
-        """True for data with k̂ up to the threshold, (B,); False for K < 25, whose k̂ is NaN."""
-        return self.pareto_k <= self.threshold
+        """True for data with k̂ up to the threshold of their draws, (B,); False for K < 25, whose k̂ is NaN."""
+        if self.draws is None:
+            return self.pareto_k <= self.threshold
+        counts, places = self.draws.unique(return_inverse=True)
+        thresholds = torch.tensor([trust_threshold(count) for count in counts.tolist()], dtype=torch.float64)
+        return self.pareto_k <= thresholds[places.cpu()].to(self.pareto_k.device)
+
+    @property
+    def proposals(self) -> list[str]:
+        """The kind of proposal that each datum's draws come from: "guide", "prior", "own", "fitted" or "annealed"."""
+        if self.source is None:
+            return ["guide"] * len(self.per_datum)
+        return [SOURCES[i] for i in self.source.tolist()]
 
     @property
     def worst(self) -> Tensor:
@@ -179,18 +199,23 @@ class LogLikelihood(NamedTuple):
             record["bits_per_dimension"] = self.bits_per_dimension
         if self.beside:
             record["beside"] = self.beside
-        if self.fitted is not None:
-            settled = [int((self.settled & which).sum()) for which in (~self.fitted, self.fitted)]
-            unsettled = (~self.settled).nonzero().flatten().tolist()
-            record["settled"] = [*settled, len(unsettled), unsettled[:LISTED]]
+        if self.unfit:
+            record["unfit"] = self.unfit
+        if not math.isnan(self.threshold):
+            settled, kinds = self.settled.tolist(), self.proposals
+            counts = Counter(kind for kind, is_settled in zip(kinds, settled, strict=True) if is_settled)
+            unsettled = [i for i, is_settled in enumerate(settled) if not is_settled]
+            record["settled"] = [[[kind, counts[kind]] for kind in SOURCES if kind in kinds], len(unsettled)]
+            record["not_settled"] = unsettled[:LISTED]
+        if self.draws is not None and bool((self.draws != self.num_particles).any()):
+            record["mean_draws"] = float(self.draws.double().mean())
+        if self.tolerance is not None:
+            reached = (self.standard_error <= self.tolerance) & self.settled
+            record["tolerance"] = [self.tolerance, int(reached.sum())]
         return _fit_for_json(record)
 
     def __repr__(self) -> str:
-        rows = likelihood_rows(self.record())
-        (first, value), *others = rows
-        width = max(cell_len(label) for label, _ in others)
-        lines = [f"  {label}{' ' * (width - cell_len(label))}  {text}" for label, text in others]
-        return "\n".join([f"{first} = {value}", *lines])
+        return likelihood_table(self.record())
 
 
 def _has_small_errors(record: dict[str, Any]) -> bool:
@@ -201,6 +226,14 @@ def _has_small_errors(record: dict[str, Any]) -> bool:
     k̂ and 91 %.
     """
     return float(record.get("share_above_half", 0.0)) > SMALL_ERRORS
+
+
+def likelihood_table(record: dict[str, Any]) -> str:
+    """Return the table of a :meth:`LogLikelihood.record` for a terminal."""
+    (first, value), *others = likelihood_rows(record)
+    width = max(cell_len(label) for label, _ in others)
+    lines = [f"  {label}{' ' * (width - cell_len(label))}  {text}" for label, text in others]
+    return "\n".join([f"{first} = {value}", *lines])
 
 
 def likelihood_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
@@ -218,17 +251,23 @@ def likelihood_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("bits per dimension", f"{number['bits_per_dimension']:.4f}"))
     rows += [
         ("data", f"{record['data']}"),
-        ("particles per datum, K", f"{record['num_particles']}"),
+        ("particles per datum, K", _draws(record)),
         ("median effective sample size", f"{number['median_ess']:.1f}"),
     ]
     if math.isnan(number["threshold"]):
         rows.append(("Pareto k̂", "needs K ≥ 25"))
     else:
         rows.append((f"data with k̂ above {number['threshold']:.2f}", f"{100 * number['share_above_threshold']:.1f} %"))
-        if "settled" in record:
-            rows.append(("settled", _settled(record)))
+        rows.append(("settled", _settled(record)))
+        if "unfit" in record:
+            rows.append(("no proposal was fitted", record["unfit"]))
+        if "tolerance" in record:
+            tolerance, reached = record["tolerance"]
+            rows.append((f"error at most {tolerance} nats", f"{reached} of {record['data']} data"))
         if _has_small_errors(record):
             rows.append(("error bars", f"too small: k̂ above 0.50 for {100 * number['share_above_half']:.1f} % of data"))
+        if "guide" in record:
+            rows.append(("from the guide alone", _guide_alone(record)))
         worst = ", ".join(f"{i} ({float(shape):.2f})" for i, shape in record["worst"])
         rows.append(("largest k̂: datum (k̂)", worst or "none, every datum's weights are equal"))
     for particles, mean, error in record["curve"]:
@@ -236,11 +275,27 @@ def likelihood_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
+def _guide_alone(record: dict[str, Any]) -> str:
+    """Return what as many draws of the guide say."""
+    guide = record["guide"]
+    share = f"{100 * float(guide['share_above_threshold']):.1f} % of data not settled"
+    below = float(record["mean"]) - float(guide["mean"])
+    return f"{float(guide['mean']):.3f} ± {float(guide['monte_carlo_error']):.4f} nats, {below:.3f} lower; {share}"
+
+
+def _draws(record: dict[str, Any]) -> str:
+    """Return K, or how many draws the data had within it."""
+    few = f"at most; mean {record['mean_draws']:.0f}" if "mean_draws" in record else ""
+    return f"{record['num_particles']} {few}".strip()
+
+
 def _settled(record: dict[str, Any]) -> str:
     """Return how many data are settled by which proposal, and which are not."""
-    guide, fitted, others, listed = record["settled"]
-    text = f"{guide + fitted} of {record['data']} (guide {guide}, fitted {fitted})"
+    counts, others = record["settled"]
+    by = ", ".join(f"{kind} {count:,}".replace(",", " ") for kind, count in counts)
+    text = f"{record['data'] - others:,} of {record['data']:,} ({by})".replace(",", " ").replace("  ", ", ")
     if others:
+        listed = record["not_settled"]
         more = ", …" if others > len(listed) else ""
         text += f"; not settled: {others}, data {', '.join(map(str, listed))}{more}"
     return text
@@ -258,8 +313,8 @@ def likelihood_notes(record: dict[str, Any]) -> list[str]:
     if number["share_above_threshold"] > 0:
         notes.append(
             f"Pareto k̂ is above {number['threshold']:.2f} for {100 * number['share_above_threshold']:.1f} % of the "
-            "data. Do not trust their estimates and errors; both tend to be too small. Raise the number of particles, "
-            "widen or train the guide, or anneal these data (`pv.annealed_log_likelihood`)."
+            "data. Do not trust their estimates and errors; both tend to be too small. Draw from fitted proposals "
+            "(`proposal='auto'`), raise the number of particles, or anneal these data (`pv.annealed_log_likelihood`)."
         )
     elif _has_small_errors(record):
         notes.append(
@@ -280,7 +335,7 @@ def _numbers(record: dict[str, Any]) -> dict[str, float]:
     return {
         name: float(value)
         for name, value in record.items()
-        if name not in ("quantity", "beside") and not isinstance(value, list)
+        if name not in ("quantity", "beside", "unfit") and not isinstance(value, (list, dict))
     }
 
 

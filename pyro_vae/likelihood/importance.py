@@ -3,35 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from pyro_vae.capture.program import Capture, check_capture
-from pyro_vae.inspection import Inspection, inspect
+from pyro_vae.inspection import Inspection
 from pyro_vae.inspection.arrays import takes_arrays
 from pyro_vae.likelihood.blocks import Blocks, data_hashes, single
-from pyro_vae.likelihood.captured import LogWeights, captured_blocks
+from pyro_vae.likelihood.captured import Calls, LogWeights, captured_blocks
 from pyro_vae.likelihood.estimate import LogLikelihood
-from pyro_vae.likelihood.fitting.fitted import FittedProposal
-from pyro_vae.likelihood.flat import unfit
-from pyro_vae.likelihood.proposals import GuideProposal, PriorProposal, Proposal
+from pyro_vae.likelihood.fitting.choice import CALLS_OF_A_FIT, Auto, Choice, Chosen, Plain
+from pyro_vae.likelihood.fitting.flat import unfit
+from pyro_vae.likelihood.posterior import guided
+from pyro_vae.likelihood.proposals import GuideProposal, PriorProposal
+from pyro_vae.likelihood.psis import tail_size
 from pyro_vae.likelihood.saved_chunks import SavedChunks, evaluation_key
 from pyro_vae.likelihood.weights import WeightStream, WeightSummary
 from pyro_vae.pair.modes import chunks, device_of, evaluation, to_pair
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.trace import run_model, site_of_x
-from pyro_vae.runtime.caller import warn_caller
 from pyro_vae.runtime.memory import CHUNK, MEBIBYTE, block_size, counted_bytes, working_set
 from pyro_vae.runtime.progress import Progress, progress_bar
 from pyro_vae.runtime.random_state import derived_seed, fresh_seed, own_random_state, seed_generators
 from pyro_vae.runtime.scalars import whole
 from pyro_vae.runtime.threads import one_at_a_time
 
-__all__ = ["log_likelihood", "naive_log_likelihood"]
+__all__ = ["ProposalName", "log_likelihood", "naive_log_likelihood"]
+
+ProposalName: TypeAlias = Literal["auto", "guide", "prior"]
 
 
 @one_at_a_time
@@ -45,15 +48,17 @@ def log_likelihood(
     progress: Progress = True,
     run_dir: str | Path | None = None,
     capture: Capture = "auto",
-    proposal: Literal["guide", "auto"] = "guide",
+    proposal: ProposalName | Callable[..., Any] = "auto",
+    tolerance: float | None = None,
 ) -> LogLikelihood:
-    """Estimate log p(x) per datum by importance sampling from the guide, or from a proposal fitted to the datum.
+    """Estimate log p(x) per datum by importance sampling from a proposal that settles it.
 
     L_K = log (1/K) Σ_k p(x, z_k) / r(z_k | x),   z_k ~ r(z | x);   E L_K ≤ log p(x), and E L_K rises with K
 
-    The proposal r is the guide q, the literature's protocol. With ``proposal="auto"`` a pilot run looks whether the
-    guide settles a datum. If not, Gaussians are fitted at the modes of its posterior, see
-    :class:`~pyro_vae.likelihood.fitting.fitted.FittedProposal`.
+    A pilot run looks whether the guide settles a datum. If not, the proposal r has Gaussians fitted at the modes of its
+    posterior, see :class:`~pyro_vae.likelihood.fitting.mixture.MixtureProposal`. If their pilot fails too, chains are
+    annealed from them to the posterior. The pilots' draws are thrown away. ``proposal="guide"`` draws from the guide
+    alone: the literature's protocol, by which published figures are compared.
 
     The pair runs in evaluation mode; the pair and the caller's random state are left as they were. Log-densities are
     summed over entries, sites and particles in float64.
@@ -80,16 +85,20 @@ def log_likelihood(
         capture: "auto" replays a recording of the pair's programs from 1000 blocks on, with the same bits. It compiles
             the recording for long estimates, of about 64 GiB of tensors in all. It warns of a program that it cannot
             record. True always compiles, or raises; False always uses Pyro's eager pass.
-        proposal: "guide", or "auto" to fit proposals where the guide fails. A fit takes tens of milliseconds to seconds
-            a datum, the longer the more latents. It needs at most 300 continuous latents, none of them masked; else
-            "auto" is "guide", with a warning.
+        proposal: "auto"; "guide"; "prior"; or another guide of your own, a Pyro program that is called as the pair's
+            guide is and samples the same latents. A fit takes tens of milliseconds to seconds a datum, the longer the
+            more latents. It needs at most 300 continuous latents, none of them masked, and K ≥ 25; else "auto" is
+            "guide", and the result says why.
+        tolerance: error per datum in nats. A pilot then tells how many draws a datum needs, K at most. A budget shared
+            among data would let an estimate depend on the others.
 
     Returns:
         :class:`LogLikelihood`.
 
     Raises:
-        ValueError: for bad data; for K < 1; for a budget below one block, with the least that works; for a datum whose
-            weights are all zero, or one of them infinite or NaN, with its index and the site to blame; for ``run_dir``
+        ValueError: for bad data; for K < 1; for a tolerance that is not positive; for a proposal that does not sample
+            the model's latents; for a budget below one block, with the least that works; for a datum whose weights are
+            all zero, or one of them infinite or NaN, with its index and the site to blame; for ``run_dir``
             without a seed, and for a damaged or foreign file in it.
 
     Reference:
@@ -101,18 +110,8 @@ def log_likelihood(
     >>> bool(torch.allclose(ll.per_datum, pair.exact_log_likelihood(x).double(), rtol=1e-4)), ll.quantity
     (True, 'log p(x)')
     """
-    if proposal not in ("guide", "auto"):
-        raise ValueError(f"proposal is {proposal!r}; it must be 'guide' or 'auto'")
-    settings = _Settings(num_particles, memory, seed, progress, run_dir, capture)
-    return _estimate(_auto if proposal == "auto" else GuideProposal, pair, batch, settings)
-
-
-def _auto(inspection: Inspection) -> Proposal:
-    """Return a proposal that is fitted to each datum, or the guide, with a warning."""
-    if reason := unfit(inspection.trace):
-        warn_caller(f"no proposal can be fitted ({reason}): the log-likelihood is estimated from the guide alone")
-        return GuideProposal(inspection)
-    return FittedProposal(inspection)
+    settings = _Settings(num_particles, memory, seed, progress, run_dir, capture, tolerance)
+    return _estimate(pair, batch, proposal, settings)
 
 
 @one_at_a_time
@@ -139,8 +138,7 @@ def naive_log_likelihood(
     Reference:
         Document 002, equation (1).
     """
-    settings = _Settings(num_particles, memory, seed, progress, run_dir, False)
-    return _estimate(PriorProposal, pair, batch, settings)
+    return _estimate(pair, batch, "prior", _Settings(num_particles, memory, seed, progress, run_dir, False, None))
 
 
 @dataclass(frozen=True)
@@ -153,6 +151,7 @@ class _Settings:
     progress: Progress
     run_dir: str | Path | None
     capture: Capture
+    tolerance: float | None
 
     def __post_init__(self) -> None:
         for name in ("num_particles", "memory", "seed"):
@@ -164,39 +163,68 @@ class _Settings:
         check_capture(self.capture)
         if self.num_particles < 1:
             raise ValueError(f"num_particles is {self.num_particles}; it counts draws per datum and must be at least 1")
+        if self.tolerance is not None and not self.tolerance > 0:
+            raise ValueError(f"tolerance is {self.tolerance}; it is an error in nats per datum and must be positive")
         if self.run_dir is not None and self.seed is None:
             raise ValueError("run_dir keeps the chunks of one seed, so that they can be continued: pass seed=0, say")
 
 
 def _estimate(
-    make: Callable[[Inspection], Proposal], pair: Pair, batch: tuple[Tensor, ...], settings: _Settings
+    pair: Pair, batch: tuple[Tensor, ...], proposal: ProposalName | Callable[..., Any], settings: _Settings
 ) -> LogLikelihood:
-    inspection = inspect(pair, batch)
+    inspection = guided(pair, batch, proposal if callable(proposal) else "guide")
     settings.check()
-    proposal = make(inspection)
-    batch = to_pair(pair, batch)
-    with evaluation(proposal.pair), own_random_state(0, device_of(proposal.pair)):
+    pair, batch = inspection.pair, to_pair(inspection.pair, batch)
+    with evaluation(pair), own_random_state(0, device_of(pair)):
+        calls = Calls(pair, settings.capture, CALLS_OF_A_FIT * len(batch[0]))
+        choice = _choice(proposal, inspection, calls, settings)
         num_scored = _num_scored(inspection, batch)
-        saved = _saved(proposal, inspection, batch, settings)
-        parts = _summaries(_Estimator(proposal, inspection, batch, settings), settings, saved)
+        saved = _saved(choice, inspection, batch, settings)
+        parts = _summaries(_Estimator(choice, batch, settings), settings, saved)
     summary = WeightSummary(*(torch.cat(fields, -1) for fields in zip(*parts, strict=True)))
     return LogLikelihood(
         per_datum=summary.log_mean,
         standard_error=summary.standard_error,
         ess=summary.ess,
         num_particles=settings.num_particles,
-        quantity=proposal.quantity(inspection),
+        quantity=choice.main.quantity(inspection),
         discrete=inspection.is_discrete,
         # A pair whose x repeats itself, e.g. a symmetric matrix, knows how many of its entries are free.
-        num_dimensions=getattr(proposal.pair, "num_dimensions", batch[0][0].numel()),
+        num_dimensions=getattr(pair, "num_dimensions", batch[0][0].numel()),
         pareto_k=summary.pareto_k,
         smoothed=summary.smoothed,
         curve=summary.curve,
         curve_standard_error=summary.curve_standard_error,
         num_scored=num_scored,
-        beside=proposal.beside(inspection),
-        fitted=summary.fitted.bool() if proposal.fits else None,
+        beside=choice.main.beside(inspection),
+        draws=summary.draws.long(),
+        source=summary.source.long(),
+        tolerance=settings.tolerance,
+        unfit=_unfit(inspection, settings) if proposal == "auto" else "",
     )
+
+
+def _choice(
+    proposal: ProposalName | Callable[..., Any], inspection: Inspection, calls: Calls, settings: _Settings
+) -> Choice:
+    limits = (inspection, calls, settings.num_particles, settings.tolerance)
+    if callable(proposal):
+        return Plain("own", GuideProposal(inspection), *limits)
+    if proposal == "prior":
+        return Plain("prior", PriorProposal(inspection), *limits)
+    if proposal == "auto":
+        if not _unfit(inspection, settings):
+            return Auto(*limits)
+    elif proposal != "guide":
+        raise ValueError(f"proposal is {proposal!r}; it must be 'auto', 'guide', 'prior' or a program like the guide")
+    return Plain("guide", GuideProposal(inspection), *limits)
+
+
+def _unfit(inspection: Inspection, settings: _Settings) -> str:
+    """Return why no proposal is fitted; empty if one is."""
+    if tail_size(settings.num_particles) == 0:
+        return f"{settings.num_particles} draws tell no k̂, and settle no datum"
+    return unfit(inspection.trace)
 
 
 def _num_scored(inspection: Inspection, batch: tuple[Tensor, ...]) -> Tensor | None:
@@ -213,12 +241,12 @@ def _num_scored(inspection: Inspection, batch: tuple[Tensor, ...]) -> Tensor | N
 
 
 def _saved(
-    proposal: Proposal, inspection: Inspection, batch: tuple[Tensor, ...], settings: _Settings
+    choice: Choice, inspection: Inspection, batch: tuple[Tensor, ...], settings: _Settings
 ) -> SavedChunks | None:
     if settings.run_dir is None:
         return None
     numbers = (settings.num_particles, str(settings.seed), str(settings.capture), CHUNK, batch[0].device.type)
-    key = evaluation_key(inspection, batch, (proposal.name, *numbers))
+    key = evaluation_key(inspection, batch, (choice.name, str(settings.tolerance), *numbers))
     return SavedChunks(Path(settings.run_dir), key, settings.num_particles)
 
 
@@ -245,38 +273,54 @@ def _summaries(estimator: _Estimator, settings: _Settings, saved: SavedChunks | 
 
 
 class _Estimator:
-    """Log-weights of data from one proposal, in blocks, and their statistics.
+    """Log-weights of data from the proposals that are chosen for them, in blocks, and their statistics.
 
     Raises:
         ValueError: for a budget below one block.
     """
 
-    def __init__(
-        self, proposal: Proposal, inspection: Inspection, batch: tuple[Tensor, ...], settings: _Settings
-    ) -> None:
-        self.proposal, self.batch, self.capture = proposal, batch, settings.capture
-        self.device, self.rounding = batch[0].device, proposal.rounding(inspection)
-        seed = fresh_seed() if settings.seed is None else settings.seed
-        self.seed = seed
-        first, num_particles = self._fitted(0), settings.num_particles
-        self.first = first
-        taken = counted_bytes(lambda: self._fitted(0), self.device) if proposal.fits else 0
-        if taken > settings.memory:
+    def __init__(self, choice: Choice, batch: tuple[Tensor, ...], settings: _Settings) -> None:
+        self.choice, self.batch, self.settings = choice, batch, settings
+        self.device, self.pair = batch[0].device, choice.inspection.pair
+        self.seed = fresh_seed() if settings.seed is None else settings.seed
+        first = self._chosen(0, *self._hashes(range(1)))
+        if (taken := choice.nbytes(single(batch, 0))) > settings.memory:
             raise ValueError(
                 f"a proposal fitted to one datum takes {taken} bytes, more than memory, {settings.memory}: raise it to "
                 f"at least {-(-taken // MEBIBYTE)} MiB, or use proposal='guide'"
             )
-        size, nbytes = block_size(lambda size: proposal.log_weights(first, size), num_particles, self.device)
-        self.blocks = Blocks(seed, num_particles, size, nbytes)
+        self._sources: dict[str, tuple[Blocks, LogWeights]] = {}
+        self.rounding = choice.main.rounding(choice.inspection)
+        self.blocks, _ = self._source(first, single(batch, 0))
         self.side_by_side = self._side_by_side(settings.memory)
-        self._log_weights: LogWeights | None = None
 
-    def _fitted(self, row: int) -> tuple[Tensor, ...]:
-        """Return a datum, its conditions, and what its proposal is made of."""
-        datum = single(self.batch, row)
-        (datum_hash,) = data_hashes(tuple(tensor[row : row + 1] for tensor in self.batch))
+    def _hashes(self, rows: range) -> list[str]:
+        return data_hashes(tuple(tensor[rows.start : rows.stop] for tensor in self.batch))
+
+    def _chosen(self, row: int, datum_hash: str) -> Chosen:
+        """Return the proposal of a datum."""
         seed_generators(derived_seed(self.seed, "fit", datum_hash), self.device)
-        return (*datum, *self.proposal.fit(datum))
+        return self.choice(single(self.batch, row))
+
+    def _source(self, chosen: Chosen, datum: tuple[Tensor, ...]) -> tuple[Blocks, LogWeights]:
+        """Return the blocks of K draws of a proposal, and what gives their log-weights."""
+        proposal, most = chosen.proposal, self.settings.num_particles
+        if proposal.name not in self._sources:
+            log_weights: LogWeights = proposal.log_weights
+            if proposal.records:
+                batch = (*datum, *chosen.parts)
+                blocks = Blocks(
+                    self.seed, most, *block_size(lambda size: proposal.log_weights(batch, size), most, self.device)
+                )
+                # All data, also where a part is saved: a resumed estimate then makes the same choice.
+                count = len(self.batch[0])
+                log_weights = captured_blocks(self.pair, log_weights, blocks, count, self.settings.capture)
+            else:
+                blocks = Blocks(self.seed, most, most, 0)
+            self._sources[proposal.name] = blocks, log_weights
+        blocks, log_weights = self._sources[proposal.name]
+        count = chosen.num_particles
+        return replace(blocks, num_particles=count, size=min(blocks.size, count)), log_weights
 
     def _side_by_side(self, memory: int) -> int:
         """Return the number of data whose weights are accumulated together; their bits do not depend on it."""
@@ -303,38 +347,38 @@ class _Estimator:
         Raises:
             ValueError: for a datum without an estimate, with the site to blame.
         """
-        if self._log_weights is None:
-            # Not before a chunk is missing: recording and compiling take seconds.
-            self._log_weights = captured_blocks(
-                self.proposal.pair,
-                self.proposal.log_weights,
-                self.first,
-                self.blocks,
-                # All data, also where a part is saved: a resumed estimate then makes the same choice.
-                len(self.batch[0]),
-                self.capture,
-            )
-        starts = range(rows.start, rows.stop, self.side_by_side)
-        parts = [self._weigh(range(i, min(i + self.side_by_side, rows.stop)), self._log_weights) for i in starts]
-        summary = WeightSummary(*(torch.cat(fields, -1) for fields in zip(*parts, strict=True)))
+        hashes = self._hashes(rows)
+        chosen = [self._chosen(row, datum_hash) for row, datum_hash in zip(rows, hashes, strict=True)]
+        columns: dict[int, WeightSummary] = {}
+        kinds = sorted({(each.proposal.name, each.num_particles) for each in chosen})
+        for kind in kinds:
+            alike = [i for i, each in enumerate(chosen) if (each.proposal.name, each.num_particles) == kind]
+            for start in range(0, len(alike), self.side_by_side):
+                part = alike[start : start + self.side_by_side]
+                of_part = [rows[i] for i in part], [hashes[i] for i in part], [chosen[i] for i in part]
+                summary = self._weigh(*of_part)
+                columns.update((i, summary.column(j)) for j, i in enumerate(part))
+        ordered = [columns[i] for i in range(len(chosen))]
+        summary = WeightSummary(*(torch.cat(fields, -1) for fields in zip(*ordered, strict=True)))
         bad = (~summary.log_mean.isfinite()).nonzero().flatten().tolist()
         if bad:
             others = f" ({len(bad)} such data among the {len(rows)} of its chunk)" if len(bad) > 1 else ""
             raise ValueError(self._reason(rows[bad[0]], others))
         return summary
 
-    def _weigh(self, rows: range, log_weights: LogWeights) -> WeightSummary:
-        stream = WeightStream(len(rows), self.blocks.num_particles, self.device, self.rounding)
-        data = [self._fitted(row) for row in rows]
-        hashes = data_hashes(tuple(tensor[rows.start : rows.stop] for tensor in self.batch))
-        for blocks in zip(*map(self.blocks.seeds, hashes), strict=True):
+    def _weigh(self, rows: list[int], hashes: list[str], chosen: list[Chosen]) -> WeightSummary:
+        """Return the statistics of data that have as many draws of one proposal."""
+        data = [single(self.batch, row) for row in rows]
+        blocks, log_weights = self._source(chosen[0], data[0])
+        stream = WeightStream(len(rows), blocks.num_particles, self.device, self.rounding)
+        for drawn in zip(*map(blocks.seeds, hashes), strict=True):
             weights = []
-            for datum, (size, seed) in zip(data, blocks, strict=True):
+            for datum, each, (size, seed) in zip(data, chosen, drawn, strict=True):
                 seed_generators(seed, self.device)
-                weights.append(log_weights(datum, size).expand(size, 1))
+                weights.append(log_weights((*datum, *each.parts), size).expand(size, 1))
             stream.add(torch.cat(weights, 1))
-        fitted = [self.proposal.is_fitted(datum[len(self.batch) :]) for datum in data]
-        return stream.summary()._replace(fitted=torch.tensor(fitted, dtype=torch.float64))
+        sources, least = torch.tensor([(each.source, each.least_shape) for each in chosen], dtype=torch.float64).mT
+        return stream.summary(sources, least).up_to(self.settings.num_particles)
 
     def _reason(self, row: int, others: str) -> str:
         """Draw a bad datum's weights again and say at which site they go wrong."""
@@ -351,16 +395,18 @@ class _Estimator:
                     )
             never.append({site for site, values in densities.items() if values.isneginf().all()})
         impossible = set.intersection(*never)
+        count = self._chosen(row, *self._hashes(range(row, row + 1))).num_particles
         blamed = f"{', '.join(sorted(impossible))} rules them out" if impossible else "a site rules each of them out"
         return (
-            f"all {self.blocks.num_particles} weights of {name} are zero: no draw explains it, {blamed}; train the "
-            f"pair further, or look at {look}"
+            f"all {count} weights of {name} are zero: no draw explains it, {blamed}; train "
+            f"the pair further, or look at {look}"
         )
 
     def _densities(self, row: int) -> Iterator[dict[str, Tensor]]:
         """Yield the log-densities of a datum's sites, block by block."""
-        (datum_hash,) = data_hashes(tuple(tensor[row : row + 1] for tensor in self.batch))
-        datum = self._fitted(row)
-        for size, seed in self.blocks.seeds(datum_hash):
+        (datum_hash,) = self._hashes(range(row, row + 1))
+        datum, chosen = single(self.batch, row), self._chosen(row, datum_hash)
+        blocks, _ = self._source(chosen, datum)
+        for size, seed in blocks.seeds(datum_hash):
             seed_generators(seed, self.device)
-            yield self.proposal.site_log_densities(datum, size)
+            yield chosen.proposal.site_log_densities((*datum, *chosen.parts), size)

@@ -16,7 +16,10 @@ from pyro_vae.pair.site import ExactSite, Site, exact
 from pyro_vae.pair.trace import PairTrace, run_model, trace_pair
 from pyro_vae.pair.weights import Rounding, rounding_of
 
-__all__ = ["GuideProposal", "PriorProposal", "Proposal", "described"]
+__all__ = ["PILOT", "GuideProposal", "PriorProposal", "Proposal", "described"]
+
+# Draws of a pilot, which chooses a proposal and is thrown away.
+PILOT = 400
 
 
 class Proposal(abc.ABC):
@@ -29,34 +32,31 @@ class Proposal(abc.ABC):
     name: ClassVar[str]
     """Name for the keys of saved chunks."""
 
-    fits: ClassVar[bool] = False
-    """Whether :meth:`fit` returns anything."""
+    records: ClassVar[bool] = True
+    """Whether :meth:`log_weights` is one recordable function of tensors."""
 
     def __init__(self, inspection: Inspection) -> None:
         self.pair: Pair = inspection.pair
-
-    def fit(self, datum: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Return tensors, one row each, that the proposal needs for a datum; none for one that is amortised.
-
-        They follow the conditions in the batch that :meth:`log_weights` is given, and may be drawn from torch's
-        generators, which have the datum's seed.
-
-        Args:
-            datum: one datum and its conditions.
-        """
-        return ()
-
-    def is_fitted(self, fit: tuple[Tensor, ...]) -> bool:
-        """Return whether a datum's draws come from a proposal fitted to it, given :meth:`fit`'s tensors."""
-        return False
 
     @abc.abstractmethod
     def log_weights(self, batch: tuple[Tensor, ...], num_particles: int) -> Tensor:
         """Return log w of K fresh draws per datum, (K, B), in nats, in float64.
 
         Args:
-            batch: ``x`` (B, …) and the pair's conditions.
+            batch: ``x`` (B, …), the pair's conditions, and what a proposal fitted to the datum is made of.
             num_particles: K.
+        """
+
+    def pilot(self, *batch: Tensor) -> tuple[Tensor, ...]:
+        """Return log w of a pilot's draws of one datum, (400,)."""
+        return (self.log_weights(batch, PILOT).expand(PILOT, 1)[:, 0],)
+
+    @abc.abstractmethod
+    def draws(self, batch: tuple[Tensor, ...], num_particles: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Return weighted draws of the model's latents (K, B, …), by name, and their log-weights (K, B), in nats.
+
+        Args:
+            batch, num_particles: as for :meth:`log_weights`.
         """
 
     @abc.abstractmethod
@@ -92,6 +92,10 @@ class GuideProposal(Proposal):
         # A draw where the guide's density is infinite would count as impossible.
         return torch.where(terms.log_guide.isposinf(), math.nan, terms.log_weights)
 
+    def draws(self, batch: tuple[Tensor, ...], num_particles: int) -> tuple[dict[str, Tensor], Tensor]:
+        trace = trace_pair(self.pair, *batch, num_particles=num_particles)
+        return {name: site.value for name, site in trace.guide.items()}, trace.terms.log_weights
+
     def site_log_densities(self, batch: tuple[Tensor, ...], num_particles: int) -> dict[str, Tensor]:
         trace = self._trace(batch, num_particles)
         return described("guide", trace.guide) | described("model", trace.model)
@@ -118,6 +122,11 @@ class PriorProposal(Proposal):
 
     def log_weights(self, batch: tuple[Tensor, ...], num_particles: int) -> Tensor:
         return torch.stack([site.log_prob for site in self._observed(batch, num_particles).values()]).sum(0)
+
+    def draws(self, batch: tuple[Tensor, ...], num_particles: int) -> tuple[dict[str, Tensor], Tensor]:
+        sites = exact(run_model(self.pair, *batch, num_particles=num_particles))
+        observed = [site.log_prob for site in sites.values() if site.is_observed]
+        return {n: s.value for n, s in sites.items() if not s.is_observed}, torch.stack(observed).sum(0)
 
     def site_log_densities(self, batch: tuple[Tensor, ...], num_particles: int) -> dict[str, Tensor]:
         return described("model", self._observed(batch, num_particles))

@@ -17,9 +17,9 @@ from pyro_vae.runtime.files import write_whole
 
 __all__ = ["SavedChunks", "evaluation_key"]
 
-# Version 2: each datum has its own seeds. The chunks of version 1 had one each, and other draws. Version 3: which data
-# had a fitted proposal.
-FORMAT = "pyro_vae log-likelihood chunk, version 3"
+# Version 2: each datum has its own seeds. The chunks of version 1 had one each, and other draws. Version 4: the
+# proposal of each datum, and its number of draws.
+FORMAT = "pyro_vae log-likelihood chunk, version 4"
 
 
 def evaluation_key(inspection: Inspection, batch: tuple[Tensor, ...], settings: tuple[str | int, ...]) -> str:

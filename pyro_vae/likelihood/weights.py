@@ -15,7 +15,10 @@ from torch import Tensor
 from pyro_vae.likelihood.psis import pareto_tail, tail_size
 from pyro_vae.pair.weights import Rounding, WeightSums
 
-__all__ = ["WeightStream", "WeightSummary"]
+__all__ = ["SOURCES", "WeightStream", "WeightSummary"]
+
+# What a datum's draws can come from, by their numbers in a result.
+SOURCES = ("guide", "prior", "own", "fitted", "annealed")
 
 
 class WeightSummary(NamedTuple):
@@ -29,7 +32,8 @@ class WeightSummary(NamedTuple):
         smoothed: ``log_mean`` with a Pareto-smoothed tail, (B,).
         curve: L_1, L_2, L_4, …, (J, B).
         curve_standard_error: errors of ``curve``, (J, B).
-        fitted: 1 for weights of a proposal fitted to the datum, else 0, (B,).
+        draws: K, (B,).
+        source: number of the kind of proposal that the weights come from, (B,).
     """
 
     log_mean: Tensor
@@ -39,7 +43,19 @@ class WeightSummary(NamedTuple):
     smoothed: Tensor
     curve: Tensor
     curve_standard_error: Tensor
-    fitted: Tensor
+    draws: Tensor
+    source: Tensor
+
+    def column(self, i: int) -> WeightSummary:
+        """Return the statistics of one datum."""
+        return WeightSummary(*(field[..., i : i + 1] for field in self))
+
+    def up_to(self, num_particles: int) -> WeightSummary:
+        """Return the statistics with a curve as long as that of K weights: its last values are repeated."""
+        more = num_particles.bit_length() - len(self.curve)
+        curves = (torch.cat([curve, curve[-1:].expand(more, -1)]) for curve in (self.curve, self.curve_standard_error))
+        curve, error = curves
+        return self._replace(curve=curve, curve_standard_error=error)
 
 
 class WeightStream:
@@ -102,8 +118,13 @@ class WeightStream:
                 return
             merged = _log_add(merged[0 : 2 * pairs : 2], merged[1 : 2 * pairs : 2])
 
-    def summary(self) -> WeightSummary:
-        """Return the statistics of all weights, on the CPU."""
+    def summary(self, source: Tensor | None = None, least: Tensor | None = None) -> WeightSummary:
+        """Return the statistics of all weights, on the CPU.
+
+        Args:
+            source: of the weights, (B,).
+            least: k̂ that each datum has at least, (B,).
+        """
         first, second = self.sums.cpu()
         sums = WeightSums(first, second, self.num_particles)
         largest = self.largest.cpu()
@@ -111,13 +132,16 @@ class WeightStream:
         rounding = self.rounding or Rounding(torch.finfo(self.dtype).eps)
         fits = [pareto_tail(column.clone(), self.num_particles, rounding) for column in largest.mT]
         pareto_k, change = torch.tensor(fits, dtype=torch.float64).mT
+        if least is not None:
+            pareto_k = torch.where(least > -math.inf, torch.maximum(pareto_k, least), pareto_k)
         share = torch.exp(_log_sum(largest[:-1]) - first) if len(largest) else torch.zeros_like(first)
         # Σ smoothed = Σ w (1 + share (e^change − 1)): the weights below the tail stay as they are.
         smoothed = sums.log_mean + torch.log1p(share * torch.expm1(change))
         error = sums.standard_error
-        return WeightSummary(
-            sums.log_mean, error, sums.ess, pareto_k, smoothed, *self._curve(error), torch.zeros_like(error)
-        )
+        draws = torch.full_like(error, self.num_particles)
+        source = torch.zeros_like(error) if source is None else source
+        curve = self._curve(error)
+        return WeightSummary(sums.log_mean, error, sums.ess, pareto_k, smoothed, *curve, draws, source)
 
     def _curve(self, error: Tensor) -> tuple[Tensor, Tensor]:
         """Return L_1, L_2, L_4, … and their errors from the spread of the merged weights."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_vae.pair.site import bare, is_point_mass, scored_entries
 
-__all__ = ["DrawObserved", "HoldLatents", "ReplaceLikelihood", "scaled_latents"]
+__all__ = ["DrawObserved", "EnoughError", "HoldLatents", "ReplaceLikelihood", "StopAfter", "scaled_latents"]
 
 
 @contextmanager
@@ -61,6 +61,27 @@ class HoldLatents(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] in self.values and not msg["is_observed"]:
             msg["value"], msg["done"] = self.values[msg["name"]], True
+
+
+class EnoughError(Exception):
+    """A program has drawn all that was asked of it."""
+
+
+class StopAfter(Messenger):
+    """Leave a program by :class:`EnoughError` once it has sampled some sites: the rest, often a decoder, need not run.
+
+    Args:
+        names: of the sites.
+    """
+
+    def __init__(self, names: Collection[str]) -> None:
+        super().__init__()
+        self.to_come = set(names)
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        self.to_come.discard(msg["name"])
+        if not self.to_come:
+            raise EnoughError
 
 
 class ReplaceLikelihood(Messenger):

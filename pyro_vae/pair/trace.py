@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_vae.pair.agreement import check_same_latents
 from pyro_vae.pair.failures import COARSE, TOO_COARSE, explained
-from pyro_vae.pair.handlers import DrawObserved, HoldLatents
+from pyro_vae.pair.handlers import DrawObserved, EnoughError, HoldLatents, StopAfter
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.site import PARTICLES, Site, sites_of
 from pyro_vae.pair.terms import LogTerms, SiteTerms
@@ -226,16 +226,18 @@ def run_model(
     num_particles: int | None = None,
     values: Mapping[str, Tensor] | None = None,
     draw: Collection[str] = (),
+    until: Collection[str] = (),
 ) -> dict[str, Site]:
     """Run the model alone and return its sites. Latents without a value are drawn from their priors.
 
     Args:
         pair, batch, num_particles, values: as for :func:`run_guide`.
         draw: names of observed sites to draw, or to hold at ``values``, in place of their data.
+        until: names of sites after which the model is left; all sites by default.
     """
     model, _ = _programs(pair)
     model = DrawObserved(draw)(model) if draw else model
-    return run_program(pair, model, *batch, num_particles=num_particles, values=values)
+    return run_program(pair, model, *batch, num_particles=num_particles, values=values, until=until)
 
 
 def run_program(
@@ -244,6 +246,7 @@ def run_program(
     *arguments: Tensor,
     num_particles: int | None = None,
     values: Mapping[str, Tensor] | None = None,
+    until: Collection[str] = (),
 ) -> dict[str, Site]:
     """Run one program of a pair and return its sites.
 
@@ -253,16 +256,18 @@ def run_program(
         arguments: data and conditions.
         num_particles: K, or None for no plate of particles.
         values: values to hold latent sites at, by name, in the program's order.
+        until: names of sites after which the program is left; all sites by default.
     """
     held = program if values is None else HoldLatents(values)(program)
+    tracing = poutine.trace(StopAfter(until)(held) if until else held)
     try:
-        with nullcontext() if num_particles is None else _particle_plate(pair, num_particles):
-            trace = poutine.trace(held).get_trace(*arguments)
+        with nullcontext() if num_particles is None else _particle_plate(pair, num_particles), suppress(EnoughError):
+            tracing(*arguments)
     except Exception as failure:
         if (told := explained(pair, failure, arguments)) is not None:
             raise told from failure
         raise
-    return sites_of(trace)
+    return sites_of(tracing.msngr.trace)
 
 
 def site_of_x(model: Mapping[str, Site], data: Tensor) -> Site:

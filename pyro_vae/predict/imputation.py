@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from pyro.distributions import MaskedDistribution
@@ -11,6 +12,7 @@ from torch import Tensor
 from pyro_vae.inspection import inspect
 from pyro_vae.inspection.arrays import takes_arrays
 from pyro_vae.inspection.observed import dependent_on_x
+from pyro_vae.pair.guided import with_guide
 from pyro_vae.pair.modes import drawing, to_pair
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.site import Site
@@ -63,6 +65,7 @@ def impute(
     sweeps: int = 10,
     memory: int = 512 * MEBIBYTE,
     seed: int | None = None,
+    proposal: Callable[..., Any] | None = None,
 ) -> Imputation:
     """Draw the missing part of x given the seen part.
 
@@ -82,6 +85,8 @@ def impute(
         memory: bytes for a chunk of chains, beside the result. Seeded draws depend on it.
         seed: of the draws; fresh entropy without one. Calls with one seed share their noise: pass different seeds to
             calls whose results you combine.
+        proposal: a program in the guide's place, called as the pair's guide is. A proposal fitted to each datum would
+            need another fit for every completed x.
 
     Returns:
         :class:`Imputation`.
@@ -104,6 +109,7 @@ def impute(
         raise ValueError("num_samples and num_particles must be at least 1, sweeps at least 0")
     if pair.max_plate_nesting > 1:
         raise ValueError(f"{type(pair).__name__} has plates of its own; impute knows the data plate only")
+    pair = pair if proposal is None else with_guide(pair, proposal)
     mask = mask.expand_as(x)
     batch = (torch.where(mask, x, torch.zeros_like(x)), *conditions)
     x_site = inspect(pair, batch, seen=mask).x

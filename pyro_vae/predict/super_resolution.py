@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -76,11 +76,13 @@ class _LowResolution(Pair):
 
     Args:
         pair: a pair with a low-resolution stage.
-        latents: the sites of its low-resolution guide.
+        guide: its low-resolution guide, or a program in its place.
+        latents: the sites of that.
     """
 
-    def __init__(self, pair: Pair, latents: Iterable[str]) -> None:
+    def __init__(self, pair: Pair, guide: Callable[..., Any], latents: Iterable[str]) -> None:
         super().__init__()
+        self.low_resolution = guide
         self.latents = tuple(latents)
         self.pair, self.x_shape, self.x_dtype = pair, tuple(pair.y_shape), pair.x_dtype  # type: ignore[arg-type,misc]
         self.max_plate_nesting = pair.max_plate_nesting  # type: ignore[misc]
@@ -97,13 +99,19 @@ class _LowResolution(Pair):
             self.pair.model(placeholder_for(self.pair, len(y)))
 
     def guide(self, y: Tensor) -> None:
-        low_resolution: Any = self.pair.low_resolution_guide
-        low_resolution(y)
+        self.low_resolution(y)
 
 
 @one_at_a_time
 @takes_arrays
-def super_resolve(pair: Pair, y: Tensor, *, num_samples: int = 16, seed: int | None = None) -> SuperResolution:
+def super_resolve(
+    pair: Pair,
+    y: Tensor,
+    *,
+    num_samples: int = 16,
+    seed: int | None = None,
+    proposal: Callable[..., Any] | None = None,
+) -> SuperResolution:
     """Draw many high-resolution images for each low-resolution one.
 
     u ~ q(u | y),   z ~ p(z | y, u),   x ~ p(x | y, z)
@@ -114,6 +122,7 @@ def super_resolve(pair: Pair, y: Tensor, *, num_samples: int = 16, seed: int | N
         num_samples: K, draws for each y.
         seed: of the draws; fresh entropy without one. Calls with one seed share their noise: pass different seeds to
             calls whose results you combine.
+        proposal: a program in the place of the pair's ``low_resolution_guide`` q(u | y), called with y.
 
     Returns:
         :class:`SuperResolution`.
@@ -131,14 +140,14 @@ def super_resolve(pair: Pair, y: Tensor, *, num_samples: int = 16, seed: int | N
         raise ValueError(f"num_samples is {num_samples}; it must be at least 1")
     if len(y) == 0:
         raise ValueError("y holds no image")
-    low_resolution: Any = pair.low_resolution_guide
+    low_resolution: Any = pair.low_resolution_guide if proposal is None else proposal
     placeholder = placeholder_for(pair, len(y))
     check_tensor(y, placeholder.dtype, "y")
     y = y.to(placeholder.device)
     name_of_x = find_x(pair, placeholder).name
     with drawing(pair, seed=0):
         latents = run_program(pair, low_resolution, y[:1])
-    inspect(_LowResolution(pair, latents), (y,), "y")
+    inspect(_LowResolution(pair, low_resolution, latents), (y,), "y")
     with drawing(pair, seed):
         guide = run_program(pair, low_resolution, y, num_particles=num_samples)
         values = {"y": y} | {name: site.drawn for name, site in guide.items()}

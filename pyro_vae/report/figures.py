@@ -16,9 +16,10 @@ from torch import Tensor
 from pyro_vae.conditionals.priors import MixtureOfGaussians
 from pyro_vae.data import AnyDataSet, DataSet
 from pyro_vae.diagnostics.collapse import CollapseReport, noise_modules
+from pyro_vae.likelihood.posterior import posterior
 from pyro_vae.pair.pair import Pair
 from pyro_vae.predict.generate import generate
-from pyro_vae.predict.posterior import posterior, reconstruct
+from pyro_vae.predict.reconstruction import reconstruct
 from pyro_vae.predict.super_resolution import SuperResolution, super_resolve
 from pyro_vae.runtime.files import write_whole
 from pyro_vae.runtime.random_state import own_random_state

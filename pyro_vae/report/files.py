@@ -23,6 +23,7 @@ __all__ = [
     "SCORES",
     "VALUES",
     "forget_likelihood",
+    "likelihood_record",
     "record_likelihood",
     "write_collapse",
     "write_figures",
@@ -42,8 +43,13 @@ def write_loss_terms(folder: Path, pair: Pair, data: AnyDataSet) -> None:
         write_text(folder / "loss_terms.json", json.dumps(loss_terms(pair, some), indent=2) + "\n")
 
 
-def record_likelihood(folder: Path, ll: LogLikelihood) -> list[Path]:
+def record_likelihood(folder: Path, ll: LogLikelihood, guide: LogLikelihood | None = None) -> list[Path]:
     """Save a log-likelihood and its figures in a run folder.
+
+    Args:
+        folder: the run folder.
+        ll: the estimate.
+        guide: an estimate of the same data from the guide alone, to compare with.
 
     Returns:
         The paths of the figures.
@@ -51,13 +57,23 @@ def record_likelihood(folder: Path, ll: LogLikelihood) -> list[Path]:
     forget_likelihood(folder)
     paths = []
     for name, draw in LIKELIHOOD_FIGURES.items():
-        figure = draw(ll)
+        figure = draw(ll, guide)
         if figure is not None:
             paths.append(folder / "figures" / f"{name}.png")
             save_figure(figure, paths[-1])
     # The table last: without it a report shows no figures.
-    write_text(folder / LIKELIHOOD, json.dumps(ll.record(), indent=2, allow_nan=False) + "\n")
+    record = likelihood_record(ll, guide)
+    write_text(folder / LIKELIHOOD, json.dumps(record, indent=2, allow_nan=False) + "\n")
     return paths
+
+
+def likelihood_record(ll: LogLikelihood, guide: LogLikelihood | None = None) -> dict[str, Any]:
+    """Return the record of an estimate, with that of the guide alone beside it."""
+    record = ll.record()
+    if guide is None:
+        return record
+    names = ("mean", "monte_carlo_error", "share_above_threshold")
+    return {**record, "guide": {name: value for name, value in guide.record().items() if name in names}}
 
 
 def forget_likelihood(folder: Path) -> None:

@@ -23,6 +23,7 @@ from pyro_vae.cli.training import Training
 from pyro_vae.data import DataSet
 from pyro_vae.likelihood.estimate import likelihood_rows
 from pyro_vae.likelihood.saved_chunks import SavedChunks
+from pyro_vae.report.files import likelihood_record
 from pyro_vae.training.fit import fit
 from pyro_vae.training.run_folder import load_state
 from tests.support.cli_cases import SMALL, error
@@ -69,7 +70,7 @@ def test_terminal_and_report_show_one_table(capsys: pytest.CaptureFixture[str]) 
         assert f"| {label} | {value} |" in report
         assert label in shown
         assert value in shown
-    for name in ("likelihood_curve", "pareto_k", "likelihood_histogram"):
+    for name in ("likelihood_curve", "pareto_k", "guide_against_settled", "error_against_draws"):
         assert f"![{name}](figures/{name}.png)" in report
         assert Path(f"run/figures/{name}.png").exists()
 
@@ -94,11 +95,40 @@ def test_an_interrupted_evaluation_is_continued_by_the_same_command(
     assert not Path("run/log_likelihood.json").exists()
     kept = {path: path.stat().st_mtime_ns for path in Path("run/log_likelihood").rglob("*.safetensors")}
     assert main(["evaluate", "run", "--num-particles", "30"]) == 0
-    assert len(list(Path("run/log_likelihood").rglob("*.safetensors"))) == 4
+    # As many of the guide alone, in a folder of their own.
+    assert len(list(Path("run/log_likelihood").rglob("*.safetensors"))) == 8
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
     pair, _ = load_run(Path("run"))
     unbroken = pv.log_likelihood(pair, few_digits.test, num_particles=30, seed=0)
-    assert json.loads(Path("run/log_likelihood.json").read_text()) == unbroken.record()
+    guide = pv.log_likelihood(pair, few_digits.test, num_particles=30, seed=0, proposal="guide")
+    assert json.loads(Path("run/log_likelihood.json").read_text()) == likelihood_record(unbroken, guide)
+
+
+@pytest.mark.usefixtures("few_digits")
+def test_evaluate_takes_every_proposal(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["train", "vae", *SMALL, "--run-dir", "run"])
+    capsys.readouterr()
+    few = ("--size", "6")
+    assert main(["evaluate", "run", *few, "--num-particles", "400", "--tolerance", "0.2"]) == 0
+    record = json.loads(Path("run/log_likelihood.json").read_text())
+    assert record["tolerance"][0] == 0.2
+    assert record["guide"]["mean"] < record["mean"]
+    assert "from the guide alone" in capsys.readouterr().out
+    assert Path("run/figures/guide_against_settled.png").exists()
+    assert main(["evaluate", "run", *few, "--num-particles", "30", "--proposal", "prior"]) == 0
+    assert json.loads(Path("run/log_likelihood.json").read_text())["settled"][0][0][0] == "prior"
+    # An evaluation without a guide beside it leaves no figure of another one.
+    assert not Path("run/figures/guide_against_settled.png").exists()
+    capsys.readouterr()
+    chains = ("--temperatures", "5", "--chains", "4")
+    assert main(["evaluate", "run", *few, "--proposal", "annealed", *chains]) == 0
+    assert "by annealing" in capsys.readouterr().out
+    assert len(json.loads(Path("run/annealed.json").read_text())["per_datum"]) == 6
+    assert main(["evaluate", "run", *few, "--bounds", *chains]) == 0
+    assert "between" in capsys.readouterr().out
+    bounds = json.loads(Path("run/bounds.json").read_text())
+    assert sum(bounds["lower"]) < sum(bounds["upper"])
+    assert main(["evaluate", "run", "--tolerance", "0"]) == 2
 
 
 @pytest.mark.usefixtures("few_digits")

@@ -176,7 +176,7 @@ def test_models_are_compared_by_exact_differences_and_paired_errors() -> None:
 
 
 def test_an_elpd_carries_the_diagnostics_of_its_estimates() -> None:
-    ll = pv.log_likelihood(WrongScale(0.4), torch.randn(30, 3), num_particles=1000)
+    ll = pv.log_likelihood(WrongScale(0.4), torch.randn(30, 3), num_particles=1000, proposal="guide")
     elpd = pv.to_elpd(ll)
     assert _elpd(elpd) == pytest.approx(float(ll.per_datum.sum()), rel=1e-12)
     assert elpd.se == pytest.approx(float(ll.mean_standard_error * 30 * (29 / 30) ** 0.5), rel=1e-9)

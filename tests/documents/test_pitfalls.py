@@ -101,7 +101,7 @@ def test_02_a_subsampling_plate_scales_inside_the_logsumexp() -> None:
         pv.log_terms(pair, x)
     # Ours: no scale in the pair, so that the bound stays one.
     whole = WrongScale(1.4)
-    ll = pv.log_likelihood(whole, x, num_particles=2000, seed=0)
+    ll = pv.log_likelihood(whole, x, num_particles=2000, seed=0, proposal="guide")
     assert abs(float(ll.per_datum - exact(whole, x))) <= 4 * float(ll.standard_error)
 
 
@@ -113,7 +113,7 @@ def test_03_importance_weights_of_a_batch_are_not_weights_of_its_data() -> None:
     truth = float(exact(pair, x).sum())
     # Wrong: one weight for a thousand latents has the variance of their product.
     assert float(torch.logsumexp(joint, 0)) - math.log(200) < truth - 3
-    ll = pv.log_likelihood(pair, x, num_particles=200, seed=0)
+    ll = pv.log_likelihood(pair, x, num_particles=200, seed=0, proposal="guide")
     error = float((ll.standard_error**2).sum().sqrt())
     assert abs(float(ll.per_datum.sum()) - truth) <= 4 * error
 
@@ -236,7 +236,7 @@ def test_10_estimators_of_the_likelihood(name: str) -> None:
     # As the example draws them: one exact case, on which every formula that was found in use is wrong.
     pair = DRAWN["Wide"](6, 2)
     x = pv.generate(pair, 100).x
-    ours = pv.log_likelihood(pair, x, num_particles=2000)
+    ours = pv.log_likelihood(pair, x, num_particles=2000, proposal="guide")
     with torch.no_grad():
         terms = pv.log_terms(pair, x, num_particles=2000)
         truth, wrong = float(exact(pair, x).mean()), float(DRAWN["WRONG"][name](terms.log_weights, terms))

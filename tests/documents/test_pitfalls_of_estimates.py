@@ -40,7 +40,7 @@ def test_16_a_perfect_guide_must_not_be_flagged_as_the_worst() -> None:
             _, shape = arviz.psislw(np.zeros((4, 400)))
             assert (np.asarray(shape) == np.inf).all()
     assert float(weights.std(0).max()) < 1e-9
-    ll = pv.log_likelihood(pair, x, num_particles=400)
+    ll = pv.log_likelihood(pair, x, num_particles=400, proposal="guide")
     assert (ll.pareto_k == -math.inf).all()
     assert ll.share_above_threshold == 0
 

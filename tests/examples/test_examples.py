@@ -23,7 +23,7 @@ ARGUMENTS = {
     "models/plot_srvae_mnist.py": ("--epochs", "1", "--size", "64", "--num-particles", "2"),
     "models/plot_vamp_prior_vae.py": ("--epochs", "1", "--num-particles", "2"),
     "models/plot_vgae.py": ("--epochs", "1"),
-    "evaluation/plot_arviz.py": ("--epochs", "1"),
+    "evaluation/plot_arviz.py": ("--epochs", "1", "--size", "30"),
     "evaluation/plot_pitfalls.py": (),
     "comparisons/plot_autoencoders.py": ("--epochs", "1"),
     "comparisons/plot_em.py": ("--size", "60", "--epochs", "2", "--draws", "2"),

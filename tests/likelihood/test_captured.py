@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any
 
 import pyro
@@ -19,6 +20,9 @@ from pyro_vae.models import VAE
 from pyro_vae.networks.mlp import MLP
 from pyro_vae.pair.modes import evaluation
 from tests.support.capture_cases import CASES, batches
+
+# The estimator itself, from the pair's own guide.
+log_likelihood = partial(pv.log_likelihood, proposal="guide")
 
 
 def blocks_of(num_particles: int, size: int, nbytes: int = 100) -> Blocks:
@@ -47,7 +51,7 @@ def test_recorded_weights_of_every_pair_are_the_eager_ones(name: str, monkeypatc
     with evaluation(pair):
         # Recorded without being compiled: 60 blocks of 3 and of 1 particles are to come.
         monkeypatch.setattr(captured, "BLOCKS_BEFORE_RECORDING", 60)
-        replay = captured.captured_blocks(pair, weights(pair), single(batch, 0), blocks_of(4, 3), 60, "auto")
+        replay = captured.captured_blocks(pair, weights(pair), blocks_of(4, 3), 60, "auto")
         for row, size in [(0, 3), (1, 3), (5, 1), (3, 2)]:
             datum = single(batch, row)
             torch.manual_seed(0)
@@ -61,7 +65,7 @@ def test_a_compiled_estimate_is_the_eager_one_up_to_rounding(dtype: torch.dtype,
     pair, x = small_vae().to(dtype), torch.rand(7, 9).gt(0.5).to(dtype)
     settings: dict[str, Any] = {"num_particles": 50, "seed": 3}
     state = torch.get_rng_state()
-    eager, compiled, again = (pv.log_likelihood(pair, x, capture=flag, **settings) for flag in (False, True, True))
+    eager, compiled, again = (log_likelihood(pair, x, capture=flag, **settings) for flag in (False, True, True))
     assert torch.equal(torch.get_rng_state(), state)
     for name in ("per_datum", "standard_error", "ess", "smoothed", "curve"):
         torch.testing.assert_close(getattr(compiled, name), getattr(eager, name), rtol=tolerance, atol=tolerance)
@@ -74,7 +78,7 @@ def test_parameters_are_read_at_each_call(monkeypatch: pytest.MonkeyPatch) -> No
     uncompiled(monkeypatch)
     pair, x = small_vae(), torch.ones(4, 9)
     with evaluation(pair):
-        replay = captured.captured_blocks(pair, weights(pair), (x[:1],), blocks_of(2, 2), 4, True)
+        replay = captured.captured_blocks(pair, weights(pair), blocks_of(2, 2), 4, True)
     with torch.no_grad():
         pair.p_x.network.layers[-1].bias += 1.0
     with evaluation(pair):
@@ -86,18 +90,25 @@ def test_parameters_are_read_at_each_call(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_auto_records_for_a_thousand_blocks_and_compiles_for_enough_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     pair, x, made = small_vae(), torch.ones(1, 9), []
+    recorded = captured._recorded
 
-    def recorded(*arguments: Any, compiled: bool) -> Any:
-        made.append((arguments[-1], compiled))
-        return lambda datum: torch.zeros(1)
+    def noted(*arguments: Any, compiled: bool) -> Any:
+        made.append(compiled)
+        return recorded(*arguments)
 
-    monkeypatch.setattr(captured, "_recorded", recorded)
+    monkeypatch.setattr(captured, "_recorded", noted)
 
     def choices(num_particles: int, nbytes: int, num_data: int, capture: captured.Capture) -> list[tuple[int, bool]]:
         made.clear()
         blocks = blocks_of(num_particles, 10, nbytes)
-        captured.captured_blocks(pair, weights(pair), (x,), blocks, num_data, capture)
-        return [*made]
+        replay = captured.captured_blocks(pair, weights(pair), blocks, num_data, capture)
+        sizes = []
+        for size in dict.fromkeys(blocks.sizes):
+            count = len(made)
+            with evaluation(pair):
+                replay((x,), size)
+            sizes += [size] * (len(made) - count)
+        return list(zip(sizes, made, strict=True))
 
     assert choices(10, 100, 999, "auto") == []
     assert choices(10, 100, 1000, "auto") == [(10, False)]
@@ -120,8 +131,8 @@ def test_an_uncompiled_recording_is_bitwise_the_eager_pass(dtype: torch.dtype) -
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(captured, "BLOCKS_BEFORE_RECORDING", 100)
         patch.setattr("pyro_vae.runtime.memory.CPU_WORKING_SET", 40 * 9 * x.element_size() * 8)
-        eager, auto = (pv.log_likelihood(pair, x, capture=flag, **settings) for flag in (False, "auto"))
-        few = pv.log_likelihood(pair, x[:60], **settings)
+        eager, auto = (log_likelihood(pair, x, capture=flag, **settings) for flag in (False, "auto"))
+        few = log_likelihood(pair, x[:60], **settings)
     for name in ("per_datum", "standard_error", "ess", "pareto_k", "smoothed", "curve", "curve_standard_error"):
         assert torch.equal(getattr(auto, name), getattr(eager, name)), name
         assert torch.equal(getattr(auto, name)[..., :60], getattr(few, name)), name
@@ -150,11 +161,11 @@ def test_what_cannot_be_recorded_is_eager_with_one_warning(monkeypatch: pytest.M
     monkeypatch.setattr(captured, "BYTES_BEFORE_COMPILING", 1)
     pair, x = AsksForAValue(), torch.randn(5)
     with pytest.warns(UserWarning, match=r"test_captured.py:\d+ asks for a tensor's value") as caught:
-        ll = pv.log_likelihood(pair, x, num_particles=20, seed=0)
+        ll = log_likelihood(pair, x, num_particles=20, seed=0)
     assert [warning.filename for warning in caught] == [__file__]
-    assert torch.equal(ll.per_datum, pv.log_likelihood(pair, x, num_particles=20, seed=0, capture=False).per_datum)
+    assert torch.equal(ll.per_datum, log_likelihood(pair, x, num_particles=20, seed=0, capture=False).per_datum)
     with pytest.raises(CaptureError, match=r"test_captured.py:\d+ asks for a tensor's value"):
-        pv.log_likelihood(pair, x, num_particles=20, capture=True)
+        log_likelihood(pair, x, num_particles=20, capture=True)
 
 
 class Counts(AsksForAValue):
@@ -171,7 +182,7 @@ class Counts(AsksForAValue):
 def test_a_program_that_changes_itself_is_refused() -> None:
     pair = Counts()
     with pytest.raises(CaptureError, match="the program sets 'calls' of Counts"):
-        pv.log_likelihood(pair, torch.randn(5), num_particles=20, capture=True)
+        log_likelihood(pair, torch.randn(5), num_particles=20, capture=True)
 
 
 def test_products_are_compared_alone_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +200,7 @@ def test_products_are_compared_alone_and_once(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(captured, "with_faster_products", faster)
     with evaluation(pair):
         for _ in range(2):
-            captured.captured_blocks(pair, weights(pair), (x[:1],), blocks_of(3, 3), 4, True)
+            captured.captured_blocks(pair, weights(pair), blocks_of(3, 3), 4, True)((x[:1],), 3)
     # Two layers of the encoder, two of the decoder.
     assert compared in ([[torch.ops.aten.addmm.default] * 4], [])
     assert bool(compared) == torch.backends.mkldnn.is_available()
@@ -197,7 +208,7 @@ def test_products_are_compared_alone_and_once(monkeypatch: pytest.MonkeyPatch) -
 
 def test_another_value_of_capture_is_refused() -> None:
     with pytest.raises(ValueError, match=re.escape("capture is 'yes'; it must be 'auto', True or False")):
-        pv.log_likelihood(small_vae(), torch.ones(2, 9), capture="yes")  # type: ignore[arg-type]
+        log_likelihood(small_vae(), torch.ones(2, 9), capture="yes")  # type: ignore[arg-type]
 
 
 class MatrixFirst(pv.Pair):
@@ -226,6 +237,6 @@ def test_a_recording_has_the_eager_bits_with_a_matrix_to_the_left(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     pair, x = MatrixFirst().to(dtype), torch.randn(3, 4, dtype=dtype)
-    eager = pv.log_likelihood(pair, x, num_particles=333, seed=0, capture=False)
+    eager = log_likelihood(pair, x, num_particles=333, seed=0, capture=False)
     monkeypatch.setattr(captured, "BLOCKS_BEFORE_RECORDING", 1)
-    assert torch.equal(pv.log_likelihood(pair, x, num_particles=333, seed=0).per_datum, eager.per_datum)
+    assert torch.equal(log_likelihood(pair, x, num_particles=333, seed=0).per_datum, eager.per_datum)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from pyro_vae.report.files import forget_likelihood, record_likelihood
 from pyro_vae.report.likelihood_figures import LIKELIHOOD_FIGURES, likelihood_curve, pareto_k
 from tests.support.off_guides import WrongScale
 from tests.support.repetitions import repetitions
+
+# The estimator itself, from the pair's own guide.
+log_likelihood = partial(pv.log_likelihood, proposal="guide")
 
 
 def made_up(**changed: Any) -> pv.LogLikelihood:
@@ -51,6 +55,7 @@ def test_the_table_holds_the_numbers() -> None:
         ("particles per datum, K", "100"),
         ("median effective sample size", "60.0"),
         ("data with k̂ above 0.50", "50.0 %"),
+        ("settled", "2 of 4 (guide 2); not settled: 2, data 1, 3"),
         ("error bars", "too small: k̂ above 0.50 for 50.0 % of data"),
         ("largest k̂: datum (k̂)", "1 (0.90), 3 (0.55), 0 (0.40)"),
         ("L_1 ± Monte Carlo error", "-4.000 ± 0.0100 nats"),
@@ -99,7 +104,7 @@ def test_notes_say_what_a_reader_must_know() -> None:
 def test_the_errors_of_the_curve_are_the_spread_of_repeated_curves() -> None:
     pair, repeats = WrongScale(1.4), 400
     x = repetitions(torch.randn(1, 3), repeats)
-    ll = pv.log_likelihood(pair, x, num_particles=256, seed=0)
+    ll = log_likelihood(pair, x, num_particles=256, seed=0)
     spread = ll.curve.std(1)
     claimed = (ll.curve_standard_error**2).mean(1).sqrt()
     # A standard deviation of n values has relative error 1/√(2n), for draws with tails as heavy as a Gaussian's. The
@@ -113,7 +118,7 @@ def test_the_errors_of_the_curve_are_the_spread_of_repeated_curves() -> None:
 def test_equal_weights_have_a_curve_without_error() -> None:
     pair, x = LinearGaussianVAE(5, 2), 100 * torch.randn(6, 5)
     with torch.no_grad():
-        ll = pv.log_likelihood(pair, x, num_particles=30, seed=0)
+        ll = log_likelihood(pair, x, num_particles=30, seed=0)
     # Distances are taken from a weight, so that no digit is lost to log-weights of −10⁵ nats: some tens of 10⁵ × 2⁻⁵².
     assert float(ll.per_datum.min()) < -1e4
     assert float(ll.curve_standard_error[:-1].max()) < 1e-8
@@ -133,7 +138,7 @@ def test_figures_show_the_estimate() -> None:
     figure = pareto_k(ll)
     assert figure is not None
     legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    assert legend[:3] == ["1 data up to it", "1 data above it", "threshold 0.50"]
+    assert legend[:3] == ["guide, settled: 1 data", "guide, not settled: 1 data", "threshold 0.50"]
     assert [text for text in legend if "inf" in text] == [
         "1 data at -inf (equal weights)",
         "1 data at +inf (too many ties)",
@@ -147,7 +152,7 @@ def test_bounds_that_are_infinite_are_left_out_of_the_curve() -> None:
 
 
 def test_a_new_evaluation_replaces_all_of_an_earlier_one(tmp_path: Path) -> None:
-    paths = record_likelihood(tmp_path, made_up())
+    paths = record_likelihood(tmp_path, made_up(), made_up())
     assert [path.stem for path in paths] == list(LIKELIHOOD_FIGURES)
     assert all(path.exists() for path in paths)
     # Equal weights throughout have no finite k̂ to draw.
@@ -165,19 +170,19 @@ def test_a_bar_is_drawn_where_it_takes_long(
 ) -> None:
     pair, x = WrongScale(1.4), torch.randn(5, 3)
     monkeypatch.setattr("pyro_vae.runtime.progress.DELAY", math.inf)
-    pv.log_likelihood(pair, x, num_particles=5)
+    log_likelihood(pair, x, num_particles=5)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr("pyro_vae.runtime.progress.DELAY", 0.0)
-    pv.log_likelihood(pair, x, num_particles=5, progress=False)
+    log_likelihood(pair, x, num_particles=5, progress=False)
     assert capsys.readouterr().err == ""
-    pv.log_likelihood(pair, x, num_particles=5)
+    log_likelihood(pair, x, num_particles=5)
     assert re.search(r"log-likelihood.*100%", capsys.readouterr().err)
 
 
 # Refusals
 
 
-@pytest.mark.parametrize("estimate", [pv.log_likelihood, pv.naive_log_likelihood])
+@pytest.mark.parametrize("estimate", [log_likelihood, pv.naive_log_likelihood])
 def test_the_least_memory_that_an_error_names_is_enough(estimate: Any) -> None:
     pair, x = LinearGaussianVAE(5, 2), torch.randn(3, 5)
     with pytest.raises(ValueError, match=r"raise it to \d+ at least \(1 MiB\)") as error:
@@ -216,13 +221,13 @@ def test_nan_weights_name_their_datum_and_site() -> None:
     # In the second chunk of 128 data, so that the index is one of the whole.
     x[131] = 5.0
     with pytest.raises(ValueError, match=r"a weight of datum 131 is NaN: the guide's site 'z' .* pv.site_terms"):
-        pv.log_likelihood(Faulty(guide_scale=nan_above(1, 1.0)), x, num_particles=3)
-    for estimate in (pv.log_likelihood, pv.naive_log_likelihood):
+        log_likelihood(Faulty(guide_scale=nan_above(1, 1.0)), x, num_particles=3)
+    for estimate in (log_likelihood, pv.naive_log_likelihood):
         with pytest.raises(ValueError, match="a weight of datum 131 is NaN: the model's site 'x'"):
             estimate(Faulty(model_loc=nan_above(1, 0.0)), x, num_particles=3)
     x[3] = x[4] = 5.0
     with pytest.raises(ValueError, match=r"a weight of datum 3 \(2 such data among the 128 of its chunk\) is NaN"):
-        pv.log_likelihood(Faulty(model_loc=nan_above(1, 0.0)), x, num_particles=3)
+        log_likelihood(Faulty(model_loc=nan_above(1, 0.0)), x, num_particles=3)
 
 
 class Pole(Faulty):
@@ -253,12 +258,12 @@ class SpikyGuide(Faulty):
 def test_an_infinite_density_is_named() -> None:
     x = torch.full((5, 2), 0.3)
     x[2, 1] = 0.0
-    for estimate in (pv.log_likelihood, pv.naive_log_likelihood):
+    for estimate in (log_likelihood, pv.naive_log_likelihood):
         with pytest.raises(ValueError, match=r"datum 2 is infinite .* the model's site 'x' has an infinite density"):
             estimate(Pole(), x, num_particles=3)
     # Such draws would have weight zero, and the others alone a plausible estimate.
     with pytest.raises(ValueError, match=r"datum 0 .* the guide's site 'z' has an infinite density"):
-        pv.log_likelihood(SpikyGuide(), x, num_particles=30)
+        log_likelihood(SpikyGuide(), x, num_particles=30)
 
 
 def test_one_impossible_draw_is_no_error_and_nothing_but_such_draws_is() -> None:
@@ -271,14 +276,14 @@ def test_one_impossible_draw_is_no_error_and_nothing_but_such_draws_is() -> None
                 pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1), obs=x)
 
     x = torch.zeros(3, 2)
-    ll = pv.log_likelihood(Wall(), x, num_particles=400, seed=0)
+    ll = log_likelihood(Wall(), x, num_particles=400, seed=0)
     # Half of the prior is behind the wall: p(x) = N(0; 0, I)/2, and the share of draws before it is binomial.
     exact = -math.log(2 * math.pi) - math.log(2)
     assert ((ll.per_datum - exact).abs() <= 4 / 400**0.5).all()
     assert (ll.curve[0] == -math.inf).all()
     assert "L_1 ± Monte Carlo error" in repr(ll)
     x[1] = 2.0
-    for estimate in (pv.log_likelihood, pv.naive_log_likelihood):
+    for estimate in (log_likelihood, pv.naive_log_likelihood):
         with pytest.raises(ValueError, match=r"all 7 weights of datum 1 are zero: .*the model's site 'wall' rules"):
             estimate(Wall(), x, num_particles=7)
 
@@ -293,16 +298,16 @@ def test_one_impossible_draw_is_no_error_and_nothing_but_such_draws_is() -> None
 )
 def test_data_of_the_wrong_kind_are_refused_with_what_would_take_them(likelihood: Any, value: float) -> None:
     pair, x = pv.models.VAE((3,), pv.StandardNormal(2), likelihood), torch.full((2, 3), value)
-    for estimate in (pv.log_likelihood, pv.naive_log_likelihood):
+    for estimate in (log_likelihood, pv.naive_log_likelihood):
         with pytest.raises(ValueError, match=r"6 values outside the support of site 'x' .* use a Bernoulli"):
             estimate(pair, x)
 
 
 def test_equal_data_share_their_error_and_negative_zero_is_zero() -> None:
     pair, one = WrongScale(0.8), torch.randn(1, 3)
-    once = pv.log_likelihood(pair, one, num_particles=50, seed=0)
-    twice = pv.log_likelihood(pair, one.expand(9, 3), num_particles=50, seed=0)
+    once = log_likelihood(pair, one, num_particles=50, seed=0)
+    twice = log_likelihood(pair, one.expand(9, 3), num_particles=50, seed=0)
     assert twice.mean_monte_carlo_error == pytest.approx(once.mean_monte_carlo_error, rel=1e-12)
     zero = torch.zeros(1, 3)
-    plus, minus = (pv.log_likelihood(pair, x, num_particles=50, seed=0).per_datum for x in (zero, -zero))
+    plus, minus = (log_likelihood(pair, x, num_particles=50, seed=0).per_datum for x in (zero, -zero))
     assert torch.equal(plus, minus)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from pyro_vae.models import SRVAE, VAE, LinearGaussianMixtureVAE, LinearGaussian
 from pyro_vae.runtime.memory import CountBytes, block_size, chunk_sizes
 from tests.support.off_guides import WrongScale
 from tests.support.repetitions import repetitions
+
+# The estimator itself, from the pair's own guide.
+log_likelihood = partial(pv.log_likelihood, proposal="guide")
 
 # Cholesky factors of small, well-conditioned matrices: rounding stays below 1e-11 relative.
 ROUNDING = {"rtol": 1e-10, "atol": 1e-10}
@@ -43,7 +47,7 @@ def exact(pair: Any, x: Tensor) -> Tensor:
 def test_exact_pairs_are_evaluated_exactly(index: int, particles: int) -> None:
     pair = exact_pairs()[index]
     x = torch.randn(9, *pair.x_shape)
-    ll = pv.log_likelihood(pair, x, num_particles=particles, seed=0)
+    ll = log_likelihood(pair, x, num_particles=particles, seed=0)
     torch.testing.assert_close(ll.per_datum, exact(pair, x), **ROUNDING)
     assert (ll.per_datum.dtype, ll.per_datum.shape, ll.num_particles) == (torch.float64, (9,), particles)
     torch.testing.assert_close(ll.ess, torch.full((9,), float(particles)), **ROUNDING)
@@ -62,7 +66,7 @@ def test_bounds_are_ordered_and_their_gap_is_the_divergence(factor: float) -> No
     means, errors = [], []
     for particles in (1, 4, 32):
         # The data are independent given the exact value, so that the gaps' spread gives the error of their mean.
-        gaps = pv.log_likelihood(pair, x, num_particles=particles, seed=particles).per_datum - exact(pair, x)
+        gaps = log_likelihood(pair, x, num_particles=particles, seed=particles).per_datum - exact(pair, x)
         means.append(float(gaps.mean()))
         errors.append(float(gaps.std()) / 20)
     assert abs(means[0] + pair.gap()) <= 4 * errors[0]
@@ -76,7 +80,7 @@ def test_bounds_are_ordered_and_their_gap_is_the_divergence(factor: float) -> No
 def test_the_standard_error_is_the_spread_of_repeated_estimates() -> None:
     pair, repeats = WrongScale(1.4), 300
     x = repetitions(torch.randn(1, 3), repeats)
-    ll = pv.log_likelihood(pair, x, num_particles=400, seed=0)
+    ll = log_likelihood(pair, x, num_particles=400, seed=0)
     spread = float(ll.per_datum.std())
     claimed = float((ll.standard_error**2).mean().sqrt())
     # A standard deviation of n values has relative error 1/√(2n), 0.041; the delta method's bias is of order 1/K.
@@ -87,7 +91,7 @@ def test_the_standard_error_is_the_spread_of_repeated_estimates() -> None:
 def test_the_mean_weight_is_unbiased() -> None:
     pair, repeats = WrongScale(1.4), 2000
     x = repetitions(torch.randn(1, 3), repeats)
-    for estimate in (pv.log_likelihood, pv.naive_log_likelihood):
+    for estimate in (log_likelihood, pv.naive_log_likelihood):
         ratios = torch.exp(estimate(pair, x, num_particles=10).per_datum - exact(pair, x[:1]))
         assert abs(float(ratios.mean()) - 1) <= 4 * float(ratios.std()) / repeats**0.5
 
@@ -102,7 +106,7 @@ def test_the_naive_estimate_ignores_the_guide() -> None:
 
 def test_one_datum_has_no_standard_error_of_the_mean() -> None:
     pair, x = LinearGaussianVAE(4, 2), torch.randn(1, 4)
-    ll = pv.log_likelihood(pair, x, num_particles=5, seed=0)
+    ll = log_likelihood(pair, x, num_particles=5, seed=0)
     assert math.isnan(ll.mean_standard_error)
     assert "nats (one datum)" in repr(ll)
 
@@ -120,7 +124,7 @@ def srvae(transition: Any, **kwargs: Any) -> SRVAE:
 )
 def test_the_quantity_is_named_by_the_reading(transition: str, quantity: str) -> None:
     pair, x = srvae(transition), torch.rand(3, 1, 4, 4)
-    ll = pv.log_likelihood(pair, x, num_particles=2, seed=0)
+    ll = log_likelihood(pair, x, num_particles=2, seed=0)
     assert ll.quantity == inspect(pair, (x,)).quantity == quantity
     assert repr(ll).startswith(f"{quantity} = ")
     # The data's likelihood is a density in all three.
@@ -129,10 +133,10 @@ def test_the_quantity_is_named_by_the_reading(transition: str, quantity: str) ->
 
 
 def test_bits_of_a_joint_density_are_refused_with_the_reason() -> None:
-    ll = pv.log_likelihood(srvae("delta"), torch.rand(2, 1, 4, 4), num_particles=2, seed=0)
+    ll = log_likelihood(srvae("delta"), torch.rand(2, 1, 4, 4), num_particles=2, seed=0)
     with pytest.raises(ValueError, match=r"of p\(x\) alone; this is log p\(x, y\)"):
         _ = ll.bits_per_dimension
-    ll = pv.log_likelihood(LinearGaussianVAE(4, 2), torch.randn(2, 4), num_particles=2, seed=0)
+    ll = log_likelihood(LinearGaussianVAE(4, 2), torch.randn(2, 4), num_particles=2, seed=0)
     with pytest.raises(ValueError, match="need a probability mass"):
         _ = ll.bits_per_dimension
 
@@ -149,7 +153,7 @@ def test_bits_of_fair_coins_are_one_per_dimension() -> None:
 def test_bits_of_the_discretised_reading_are_of_a_mass() -> None:
     pair = srvae("discretised", likelihood=pv.DiscretisedLogistic(17))
     x = torch.randint(0, 17, (3, 1, 4, 4)) / 16
-    ll = pv.log_likelihood(pair, x, num_particles=2, seed=0)
+    ll = log_likelihood(pair, x, num_particles=2, seed=0)
     assert ll.bits_per_dimension == pytest.approx(-ll.mean / (16 * math.log(2)), rel=1e-12)
 
 
@@ -164,7 +168,7 @@ def linear_vae() -> VAE:
 def least_memory(pair: pv.Pair, x: Tensor, num_particles: int) -> int:
     """Return the least budget, from the error that names it."""
     with pytest.raises(ValueError, match="raise it to") as error:
-        pv.log_likelihood(pair, x, num_particles=num_particles, memory=1)
+        log_likelihood(pair, x, num_particles=num_particles, memory=1)
     return int(str(error.value).split("raise it to ")[1].split()[0])
 
 
@@ -174,7 +178,7 @@ def test_the_peak_stays_within_the_budget(make: Any, share: int) -> None:
     pair, x = make(), torch.randn(150, 20)
     memory = share * least_memory(pair, x, 60)
     with CountBytes() as counter:
-        pv.log_likelihood(pair, x, num_particles=60, memory=memory, seed=0)
+        log_likelihood(pair, x, num_particles=60, memory=memory, seed=0)
     # Beside the blocks there are the data (20 numbers each), their sums and rows (fewer than 20 more).
     assert counter.peak <= memory + 40 * 8 * len(x)
 
@@ -187,7 +191,7 @@ def test_a_wide_encoder_does_not_hide_what_particles_take(monkeypatch: pytest.Mo
     x = torch.randn(5, 20)
     memory = least_memory(pair, x, 400)
     with CountBytes() as counter:
-        pv.log_likelihood(pair, x, num_particles=400, memory=memory, seed=0)
+        log_likelihood(pair, x, num_particles=400, memory=memory, seed=0)
     assert counter.peak <= memory + 40 * 8 * len(x)
     # Nor does it make blocks small: the decoder's particles fill a good part of the working set.
     size, taken = block_size(lambda size: log_weights(pair, x[:1], size), 400, x.device)
@@ -234,7 +238,7 @@ def test_a_larger_budget_takes_larger_chunks() -> None:
 
 def test_too_small_a_budget_is_refused() -> None:
     with pytest.raises(ValueError, match=r"one datum and 1000 particles take .*memory.*: raise it"):
-        pv.log_likelihood(LinearGaussianVAE(5, 2), torch.randn(3, 5), memory=100, seed=0)
+        log_likelihood(LinearGaussianVAE(5, 2), torch.randn(3, 5), memory=100, seed=0)
 
 
 # Work
@@ -277,7 +281,7 @@ def test_the_encoder_runs_once_per_block(transition: Any, monkeypatch: pytest.Mo
         return choice[0]
 
     monkeypatch.setattr("pyro_vae.likelihood.importance.block_size", record)
-    pv.log_likelihood(pair, x, num_particles=101, seed=0, capture=False)
+    log_likelihood(pair, x, num_particles=101, seed=0, capture=False)
     ((size, _),) = choice
     sizes = [min(size, 101 - start) for start in range(0, 101, size)]
     assert 1 < len(sizes) < 101, "the working set must cut K, or nothing is shown"
@@ -301,7 +305,7 @@ def test_one_particle_is_measured_once(saved: bool, tmp_path: Path) -> None:
     pair, x = linear_vae(), torch.randn(5, 20)
     inspected = shapes_of_inspection(pair, x)
     seen = shapes_seen(pair, {"p_x.network": 1})["p_x.network"]
-    pv.log_likelihood(pair, x, num_particles=1, seed=0, run_dir=tmp_path if saved else None)
+    log_likelihood(pair, x, num_particles=1, seed=0, run_dir=tmp_path if saved else None)
     # One inspection, the measurement, and five blocks: a run folder's key needs no further run.
     assert seen == [*inspected, (1, 1), *[(1, 1)] * 5]
 
@@ -309,7 +313,7 @@ def test_one_particle_is_measured_once(saved: bool, tmp_path: Path) -> None:
 # What is left
 
 
-@pytest.mark.parametrize("estimate", [pv.log_likelihood, pv.naive_log_likelihood])
+@pytest.mark.parametrize("estimate", [log_likelihood, pv.naive_log_likelihood])
 def test_nothing_is_changed(estimate: Any) -> None:
     pair = VAE((4,), pv.StandardNormal(2), pv.Gaussian(pv.BatchOptimalScale()))
     pair.q_z.eval()
@@ -330,13 +334,13 @@ def test_nothing_is_changed(estimate: Any) -> None:
 def test_flags_come_back_after_an_error() -> None:
     pair = LinearGaussianVAE(5, 2)
     with pytest.raises(ValueError, match="memory"):
-        pv.log_likelihood(pair, torch.randn(3, 5), memory=100, seed=0)
+        log_likelihood(pair, torch.randn(3, 5), memory=100, seed=0)
     assert pair.training
 
 
 def test_seeds_are_draws_of_their_own() -> None:
     pair, x = WrongScale(1.4), torch.randn(5, 3)
-    first, second = (pv.log_likelihood(pair, x, num_particles=3, seed=seed).per_datum for seed in (0, 1))
+    first, second = (log_likelihood(pair, x, num_particles=3, seed=seed).per_datum for seed in (0, 1))
     assert not torch.equal(first, second)
 
 
@@ -345,7 +349,7 @@ def test_the_batch_optimal_scale_is_frozen() -> None:
     pv.fit(pair, torch.randn(64, 4), epochs=1, batch_size=32, progress=False)
     x = torch.randn(6, 4)
     other = torch.cat([x[:1], 100 * x[1:]])
-    ours, theirs = (pv.log_likelihood(pair, data, num_particles=8, seed=0).per_datum for data in (x, other))
+    ours, theirs = (log_likelihood(pair, data, num_particles=8, seed=0).per_datum for data in (x, other))
     # The first datum's draws are the same in both, its scale must be too.
     torch.testing.assert_close(ours[0], theirs[0], **ROUNDING)
     assert (theirs[1:] < ours[1:]).all()
@@ -354,7 +358,7 @@ def test_the_batch_optimal_scale_is_frozen() -> None:
 # Refusals
 
 
-@pytest.mark.parametrize("estimate", [pv.log_likelihood, pv.naive_log_likelihood])
+@pytest.mark.parametrize("estimate", [log_likelihood, pv.naive_log_likelihood])
 def test_bad_arguments_are_refused(estimate: Any) -> None:
     pair = LinearGaussianVAE(5, 2)
     with pytest.raises(ValueError, match="num_particles is 0"):
@@ -372,7 +376,7 @@ def test_bad_arguments_are_refused(estimate: Any) -> None:
 def test_seeded_calls_repeat_and_others_differ() -> None:
     pair, x = pv.models.VAE((4,), pv.StandardNormal(2)), torch.randn(3, 4)
     seeded, again, fresh, other = (
-        pv.log_likelihood(pair, x, num_particles=5, seed=seed).per_datum for seed in (1, 1, None, None)
+        log_likelihood(pair, x, num_particles=5, seed=seed).per_datum for seed in (1, 1, None, None)
     )
     assert torch.equal(seeded, again)
     assert not torch.equal(fresh, other)

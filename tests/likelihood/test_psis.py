@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,9 @@ from pyro_vae.models import LinearGaussianMixtureVAE, LinearGaussianVAE
 from pyro_vae.pair.weights import Rounding
 from tests.support.off_guides import WrongScale
 from tests.support.repetitions import repetitions
+
+# The estimator itself, from the pair's own guide.
+log_likelihood = partial(pv.log_likelihood, proposal="guide")
 
 # Of one number in float64.
 DOUBLE = Rounding(torch.finfo(torch.float64).eps)
@@ -91,14 +95,14 @@ def test_arviz_agrees() -> None:
 @pytest.mark.parametrize("factor", [0.5, 0.7, 0.9])
 def test_a_narrow_guides_shape_is_one_minus_its_squared_ratio(factor: float) -> None:
     pair, x = WrongScale(factor), torch.randn(40, 3)
-    ll = pv.log_likelihood(pair, x, num_particles=5000, seed=0)
+    ll = log_likelihood(pair, x, num_particles=5000, seed=0)
     # The mean over data, and all but a few of them one by one: k̂ from 213 weights spreads by 0.1.
     assert abs(float(ll.pareto_k.mean()) - (1 - factor**2)) <= 0.3
     assert ((ll.pareto_k - (1 - factor**2)).abs() <= 0.3).double().mean() >= 0.9
 
 
 def test_a_wide_guide_has_bounded_weights() -> None:
-    ll = pv.log_likelihood(WrongScale(1.5), torch.randn(40, 3), num_particles=5000, seed=0)
+    ll = log_likelihood(WrongScale(1.5), torch.randn(40, 3), num_particles=5000, seed=0)
     assert (ll.pareto_k < 0).all()
     assert ll.share_above_threshold == 0
 
@@ -111,7 +115,7 @@ def test_equal_weights_have_no_tail(scale: float, particles: int) -> None:
         LinearGaussianMixtureVAE(5, pv.MixtureOfGaussians(3, 2), scale=scale),
     ]
     for pair in pairs:
-        ll = pv.log_likelihood(pair, torch.randn(7, 5), num_particles=particles, seed=0)
+        ll = log_likelihood(pair, torch.randn(7, 5), num_particles=particles, seed=0)
         assert (ll.pareto_k == -math.inf).all()
         assert ll.share_above_threshold == 0
         assert torch.equal(ll.smoothed, ll.per_datum)
@@ -119,18 +123,18 @@ def test_equal_weights_have_no_tail(scale: float, particles: int) -> None:
 
 def test_equal_weights_in_float32_have_none_either() -> None:
     torch.set_default_dtype(torch.float32)
-    ll = pv.log_likelihood(LinearGaussianVAE(50, 3), torch.randn(7, 50), num_particles=500, seed=0)
+    ll = log_likelihood(LinearGaussianVAE(50, 3), torch.randn(7, 50), num_particles=500, seed=0)
     assert (ll.pareto_k == -math.inf).all()
     assert ll.pareto_k.dtype == torch.float64
 
 
 def test_few_weights_have_no_shape() -> None:
-    ll = pv.log_likelihood(WrongScale(0.5), torch.randn(4, 3), num_particles=24, seed=0)
+    ll = log_likelihood(WrongScale(0.5), torch.randn(4, 3), num_particles=24, seed=0)
     assert ll.pareto_k.isnan().all()
     assert math.isnan(ll.threshold)
     assert math.isnan(ll.share_above_threshold)
     assert torch.equal(ll.smoothed, ll.per_datum)
-    assert not pv.log_likelihood(WrongScale(0.5), torch.randn(4, 3), num_particles=25, seed=0).pareto_k.isnan().any()
+    assert not log_likelihood(WrongScale(0.5), torch.randn(4, 3), num_particles=25, seed=0).pareto_k.isnan().any()
 
 
 def test_ties_and_zeros() -> None:
@@ -167,14 +171,14 @@ def test_thresholds_and_the_worst() -> None:
     assert trust_threshold(10**6) == 0.7
     assert [tail_size(k) for k in (24, 25, 100, 1000)] == [0, 5, 20, 95]
     x = torch.randn(30, 3)
-    ll = pv.log_likelihood(WrongScale(0.4), x, num_particles=200, seed=0)
+    ll = log_likelihood(WrongScale(0.4), x, num_particles=200, seed=0)
     assert ll.share_above_threshold == float((ll.pareto_k > ll.threshold).double().mean()) > 0
     assert (ll.pareto_k[ll.worst].diff() <= 0).all()
 
 
 def test_smoothing_comes_closer_where_the_tail_is_heavy() -> None:
     pair, x = WrongScale(0.45), repetitions(torch.randn(1, 3), 3000)
-    ll = pv.log_likelihood(pair, x, num_particles=200, seed=0)
+    ll = log_likelihood(pair, x, num_particles=200, seed=0)
     truth = pair.exact_log_likelihood(x[:1]).detach()
     raw, smooth = ((estimate - truth) ** 2 for estimate in (ll.per_datum, ll.smoothed))
     difference = raw - smooth
@@ -187,7 +191,7 @@ def test_smoothing_comes_closer_where_the_tail_is_heavy() -> None:
 @pytest.mark.parametrize("factor", [0.9, 1.1])
 def test_the_interval_covers_as_often_as_it_says(factor: float) -> None:
     pair, x = WrongScale(factor), torch.randn(500, 3)
-    ll = pv.log_likelihood(pair, x, num_particles=1000, seed=0)
+    ll = log_likelihood(pair, x, num_particles=1000, seed=0)
     truth = pair.exact_log_likelihood(x).detach()
     covered = ((ll.per_datum - truth).abs() <= 1.96 * ll.standard_error).double().mean()
     assert 0.92 <= float(covered) <= 0.98
@@ -214,7 +218,7 @@ def test_chunks_do_not_matter(sizes: list[int]) -> None:
 
 def test_the_curve_rises_from_the_elbo_to_the_estimate() -> None:
     pair, x = WrongScale(0.6), torch.randn(300, 3)
-    ll = pv.log_likelihood(pair, x, num_particles=256, seed=0)
+    ll = log_likelihood(pair, x, num_particles=256, seed=0)
     truth = pair.exact_log_likelihood(x).detach()
     assert ll.curve.shape == (9, 300)
     torch.testing.assert_close(ll.curve[-1], ll.per_datum, **ROUNDING)
@@ -227,6 +231,6 @@ def test_the_curve_rises_from_the_elbo_to_the_estimate() -> None:
 
 
 def test_one_particle_has_a_curve_of_one() -> None:
-    ll = pv.log_likelihood(WrongScale(0.6), torch.randn(3, 3), num_particles=1, seed=0)
+    ll = log_likelihood(WrongScale(0.6), torch.randn(3, 3), num_particles=1, seed=0)
     assert torch.equal(ll.curve[0], ll.per_datum)
     assert ll.curve.shape == (1, 3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from torch import Tensor
 
 import pyro_vae as pv
 from tests.support.off_guides import WrongScale
+
+# The estimator itself, from the pair's own guide.
+log_likelihood = partial(pv.log_likelihood, proposal="guide")
 
 SETTINGS: dict[str, Any] = {"num_particles": 30, "seed": 3}
 
@@ -56,7 +60,7 @@ def assert_equal(first: pv.LogLikelihood, second: pv.LogLikelihood) -> None:
         assert same, name
 
 
-@pytest.mark.parametrize("estimate", [pv.log_likelihood, pv.naive_log_likelihood])
+@pytest.mark.parametrize("estimate", [log_likelihood, pv.naive_log_likelihood])
 @pytest.mark.parametrize("stop", [1, 2])
 def test_an_interrupted_evaluation_goes_on_to_the_bits_of_an_unbroken_one(
     estimate: Any, stop: int, tmp_path: Path
@@ -83,9 +87,9 @@ def test_an_interrupted_evaluation_goes_on_to_the_bits_of_an_unbroken_one(
 
 def test_chunks_are_resumed_with_another_budget(tmp_path: Path) -> None:
     pair, x = Counted(1.4), torch.randn(60, 3)
-    whole = pv.log_likelihood(pair, x, **SETTINGS, run_dir=tmp_path)
+    whole = log_likelihood(pair, x, **SETTINGS, run_dir=tmp_path)
     before = {path: path.read_bytes() for path in files(tmp_path)}
-    assert_equal(pv.log_likelihood(pair, x, **SETTINGS, memory=200_000, run_dir=tmp_path), whole)
+    assert_equal(log_likelihood(pair, x, **SETTINGS, memory=200_000, run_dir=tmp_path), whole)
     assert {path: path.read_bytes() for path in files(tmp_path)} == before
 
 
@@ -93,26 +97,26 @@ def test_chunks_of_version_one_are_not_taken(tmp_path: Path, monkeypatch: pytest
     pair, x = WrongScale(1.4), torch.randn(20, 3)
     with monkeypatch.context() as patched:
         patched.setattr("pyro_vae.likelihood.saved_chunks.FORMAT", "pyro_vae log-likelihood chunk")
-        pv.log_likelihood(pair, x, **SETTINGS, run_dir=tmp_path)
-    pv.log_likelihood(pair, x, **SETTINGS, run_dir=tmp_path)
+        log_likelihood(pair, x, **SETTINGS, run_dir=tmp_path)
+    log_likelihood(pair, x, **SETTINGS, run_dir=tmp_path)
     assert len(files(tmp_path)) == len({path.parent for path in files(tmp_path)}) == 2
 
 
 def test_nothing_of_another_evaluation_is_used(tmp_path: Path) -> None:
     pair, x = WrongScale(1.4), torch.randn(30, 3)
-    pv.log_likelihood(pair, x, **SETTINGS, run_dir=tmp_path)
+    log_likelihood(pair, x, **SETTINGS, run_dir=tmp_path)
     trained, attribute = copy.deepcopy(pair), copy.deepcopy(pair)
     with torch.no_grad():
         trained.bias += 1e-15
     # The same parameters, another program.
     attribute.factor = 1.3
     others: list[tuple[Any, Any, Tensor, dict[str, Any]]] = [
-        (pv.log_likelihood, trained, x, {}),
-        (pv.log_likelihood, attribute, x, {}),
-        (pv.log_likelihood, pair, x.clone().index_fill_(0, torch.tensor([29]), 0.5), {}),
-        (pv.log_likelihood, pair, x[:29], {}),
-        (pv.log_likelihood, pair, x, {"num_particles": 31}),
-        (pv.log_likelihood, pair, x, {"seed": 4}),
+        (log_likelihood, trained, x, {}),
+        (log_likelihood, attribute, x, {}),
+        (log_likelihood, pair, x.clone().index_fill_(0, torch.tensor([29]), 0.5), {}),
+        (log_likelihood, pair, x[:29], {}),
+        (log_likelihood, pair, x, {"num_particles": 31}),
+        (log_likelihood, pair, x, {"seed": 4}),
         (pv.naive_log_likelihood, pair, x, {}),
     ]
     for estimate, other, data, changed in others:
@@ -124,14 +128,14 @@ def test_nothing_of_another_evaluation_is_used(tmp_path: Path) -> None:
 
 def test_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
     pair, x = WrongScale(1.4), torch.randn(60, 3)
-    whole = pv.log_likelihood(pair, x, **SETTINGS, run_dir=tmp_path / "run")
+    whole = log_likelihood(pair, x, **SETTINGS, run_dir=tmp_path / "run")
     first, second, *_ = files(tmp_path / "run")
-    pv.log_likelihood(pair, x, **(SETTINGS | {"seed": 4}), run_dir=tmp_path / "other")
+    log_likelihood(pair, x, **(SETTINGS | {"seed": 4}), run_dir=tmp_path / "other")
     kept = second.read_bytes()
 
     def refused(message: str) -> None:
         with pytest.raises(ValueError, match=message) as error:
-            pv.log_likelihood(pair, x, **SETTINGS, run_dir=tmp_path / "run")
+            log_likelihood(pair, x, **SETTINGS, run_dir=tmp_path / "run")
         assert str(second) in str(error.value)
         assert "delete it" in str(error.value)
 
@@ -147,17 +151,17 @@ def test_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
     shutil.copy(first, second)
     refused("holds other data than")
     second.unlink()
-    assert_equal(pv.log_likelihood(pair, x, **SETTINGS, run_dir=tmp_path / "run"), whole)
+    assert_equal(log_likelihood(pair, x, **SETTINGS, run_dir=tmp_path / "run"), whole)
     assert second.exists()
 
 
 def test_chunks_without_a_seed_could_not_be_continued(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="pass seed=0"):
-        pv.log_likelihood(WrongScale(1.4), torch.randn(4, 3), run_dir=tmp_path)
+        log_likelihood(WrongScale(1.4), torch.randn(4, 3), run_dir=tmp_path)
 
 
 def test_an_interrupt_without_a_folder_says_how_far_it_came() -> None:
     with pytest.raises(KeyboardInterrupt) as interrupt:
-        pv.log_likelihood(WrongScale(1.4), torch.randn(60, 3), **SETTINGS, progress=stop_after(1))
+        log_likelihood(WrongScale(1.4), torch.randn(60, 3), **SETTINGS, progress=stop_after(1))
     assert "of 60 data evaluated" in interrupt.value.__notes__[0]
     assert "keeps" not in interrupt.value.__notes__[0]

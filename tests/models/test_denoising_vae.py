@@ -141,7 +141,7 @@ def oracle_pair(noise: float, corruptions: int, raw: float) -> tuple[LinearGauss
 def test_importance_sampling_from_the_guide_finds_the_exact_likelihood(corruptions: int) -> None:
     # A scale wider than the posterior's, so that the weights are bounded.
     oracle, pair, x = oracle_pair(0.3, corruptions, raw=0.6)
-    ll = pv.log_likelihood(pair, x, num_particles=20_000, seed=2)
+    ll = pv.log_likelihood(pair, x, num_particles=20_000, seed=2, proposal="guide")
     assert ((ll.per_datum - oracle.exact_log_likelihood(x)).abs() <= 4 * ll.standard_error).all()
 
 

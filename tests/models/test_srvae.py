@@ -137,7 +137,7 @@ def test_joint_density_over_the_exact_posterior_is_the_likelihood_at_every_draw(
 def test_importance_sampling_finds_the_oracles_likelihood(components: int) -> None:
     pair, oracle = two_stage(components)
     x = pv.generate(oracle, 10, seed=1).x
-    ll = pv.log_likelihood(pair, x.reshape(10, 1, 4, 2), num_particles=40_000, seed=2)
+    ll = pv.log_likelihood(pair, x.reshape(10, 1, 4, 2), num_particles=40_000, seed=2, proposal="guide")
     assert ll.quantity == "log p(x, y)"
     # So many effective draws that the delta method's standard error can be trusted.
     assert (ll.ess > 400).all()
@@ -196,7 +196,7 @@ def test_discretised_bound_lies_below_the_sum_over_every_y() -> None:
     terms = pv.log_terms(pair, x, num_particles=1000)
     error = terms.log_weights.std(0) / math.sqrt(1000)
     assert (pv.objectives.elbo(terms) <= own.log() + 4 * error).all()
-    ll = pv.log_likelihood(pair, x, num_particles=1000, seed=1)
+    ll = pv.log_likelihood(pair, x, num_particles=1000, seed=1, proposal="guide")
     assert ll.quantity == "lower bound on log p(x)"
     assert ((ll.per_datum - own.log()).abs() <= 4 * ll.standard_error).all()
     assert (ll.per_datum <= joint.sum(-1).log() + 4 * ll.standard_error).all()

@@ -20,7 +20,10 @@ def estimates(ratio: float) -> tuple[list[LogLikelihood], float, float]:
     pair = OffGuide(ratio)
     x = pv.generate(pair, DATA, seed=0).x
     exact = pair.exact_log_likelihood(x).detach()
-    found = [pv.log_likelihood(pair, x, num_particles=PARTICLES, seed=seed, progress=False) for seed in range(REPEATS)]
+    found = [
+        pv.log_likelihood(pair, x, num_particles=PARTICLES, seed=seed, progress=False, proposal="guide")
+        for seed in range(REPEATS)
+    ]
     covered = torch.stack([(ll.per_datum - exact).abs() <= 1.96 * ll.standard_error for ll in found]).double()
     return found, float(covered.mean()), float(covered.std()) / math.sqrt(covered.numel())
 
@@ -47,7 +50,7 @@ def test_the_mean_over_data_is_covered_where_errors_are_honest() -> None:
     exact = float(pair.exact_log_likelihood(x).detach().mean())
     repeats, inside = 100, 0
     for seed in range(repeats):
-        ll = pv.log_likelihood(pair, x, num_particles=200, seed=seed, progress=False)
+        ll = pv.log_likelihood(pair, x, num_particles=200, seed=seed, progress=False, proposal="guide")
         inside += abs(ll.mean - exact) <= 1.96 * ll.mean_monte_carlo_error
     # Three standard errors of a share of 100.
     assert abs(inside / repeats - 0.95) < 3 * math.sqrt(0.95 * 0.05 / repeats)

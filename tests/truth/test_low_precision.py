@@ -56,7 +56,7 @@ def data(count: int, offset: float = 0.0) -> Tensor:
 
 
 def estimate(pair: pv.Pair, x: Tensor, num_particles: int = 300) -> pv.LogLikelihood:
-    return pv.log_likelihood(pair, x, num_particles=num_particles, seed=2, progress=False)
+    return pv.log_likelihood(pair, x, num_particles=num_particles, seed=2, progress=False, proposal="guide")
 
 
 @pytest.mark.parametrize("likelihood", ["entries", "masked", "joint"])

@@ -250,6 +250,9 @@ def test_a_flows_volume_is_that_of_its_jacobian(name: str, norm: float, dtype: t
     jacobian = torch.stack([torch.autograd.grad(entry, x, retain_graph=True)[0] for entry in y]).double()
     # Rounding of an entry moves log |det| by the condition number.
     rounding = 100 * torch.finfo(dtype).eps * float(torch.linalg.cond(jacobian))
+    if "spline" in name:
+        # It divides by the widths of its bins, a thousandth at the least.
+        rounding *= 1000
     exact = float(torch.linalg.slogdet(jacobian)[1])
     assert float(reported) == pytest.approx(exact, rel=0, abs=rounding + OFFSETS.get(name, 0.0))
     assert math.isfinite(exact)

@@ -29,6 +29,7 @@ __all__ = [
     "BidirectionalLogLikelihood",
     "annealed_log_likelihood",
     "bidirectional_log_likelihood",
+    "forward",
 ]
 
 # Chains side by side at most: the states, gradients and decoded means of all of them are in memory.
@@ -265,9 +266,9 @@ def bidirectional_log_likelihood(
             sampler = HMC(path, leapfrog_steps)
             # Tuned on other draws than the posterior draw: the backward weights would depend on it twice.
             steps = tuned_steps(sampler, path.draw(), betas)
-            forward = _forward(sampler, path.draw(), betas, steps)
+            ahead = forward(sampler, path.draw(), betas, steps)
             backward = _backward(sampler, path.posterior_draw(simulated.latents, rows), betas, steps)
-            lower.append(torch.logsumexp(forward, 0) - math.log(num_chains))
+            lower.append(torch.logsumexp(ahead, 0) - math.log(num_chains))
             upper.append(math.log(num_chains) - torch.logsumexp(-backward, 0))
     below, above, width = torch.cat(lower).cpu(), torch.cat(upper).cpu(), math.log(2 / delta)
     return BidirectionalLogLikelihood(simulated.x, below, above, below - width, above + width, delta, quantity)
@@ -277,7 +278,7 @@ def _annealed(path: AnnealingPath, leapfrog_steps: int, betas: Tensor) -> tuple[
     """Return log-weights (C, B) of a forward run with tuned steps, and its acceptance (B,)."""
     sampler = HMC(path, leapfrog_steps)
     steps = tuned_steps(sampler, path.draw(), betas)
-    return _forward(sampler, path.draw(), betas, steps), sampler.acceptance
+    return forward(sampler, path.draw(), betas, steps), sampler.acceptance
 
 
 def _error(sums: WeightSums) -> Tensor:
@@ -307,8 +308,15 @@ def _compared(error: Tensor, guide: WeightSums, prior: WeightSums) -> tuple[Tens
     return torch.where(disagrees, math.inf, error), disagrees
 
 
-def _forward(sampler: HMC, z: Tensor, betas: Tensor, steps: Tensor) -> Tensor:
-    """Return log-weights (C, B) of chains from p_0 to the posterior."""
+def forward(sampler: HMC, z: Tensor, betas: Tensor, steps: Tensor) -> Tensor:
+    """Return log-weights (C, B) of chains from p_0 to the posterior.
+
+    Args:
+        sampler: of the path.
+        z: independent draws of p_0, (C, B, L).
+        betas: inverse temperatures, (T + 1,).
+        steps: step sizes, (T + 1, B).
+    """
     log_weights = torch.zeros(z.shape[:2], dtype=torch.float64, device=z.device)
     state = sampler.at(z)
     for t in range(1, len(betas)):

@@ -22,9 +22,11 @@ WARM_UP = 20
 
 
 class Path(Protocol):
-    """The log-densities log p_0 and log p(x, ·) at chains' states."""
+    """The log-densities log p_0 and log p(x, ·) at chains' states, and the gradient of (1 − β) log p_0 + β log p."""
 
     def log_densities(self, z: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def with_gradient(self, z: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 class State(NamedTuple):
@@ -83,10 +85,12 @@ class HMC:
         jitter = 1 + JITTER * (2 * torch.rand(shape, dtype=state.z.dtype, device=state.z.device) - 1)
         size = (step * jitter).unsqueeze(-1)
         momentum = torch.randn_like(state.z)
-        _, gradient = self._with_gradient(state.z, beta)
+        gradient = self.path.with_gradient(state.z, beta)[2]
         proposal, moving = state, momentum + size / 2 * gradient
         for i in range(self.leapfrog_steps):
-            proposal, gradient = self._with_gradient(proposal.z + size * moving, beta)
+            z = proposal.z + size * moving
+            *densities, gradient = self.path.with_gradient(z, beta)
+            proposal = State(z, *densities)
             moving = moving + (size if i < self.leapfrog_steps - 1 else size / 2) * gradient
         kinetic = ((momentum**2).sum(-1) - (moving**2).sum(-1)) / 2
         # A trajectory that has run off is rejected.
@@ -99,13 +103,6 @@ class HMC:
             torch.where(chosen, proposal.log_start, state.log_start),
             torch.where(chosen, proposal.log_joint, state.log_joint),
         )
-
-    def _with_gradient(self, z: Tensor, beta: float) -> tuple[State, Tensor]:
-        z = z.detach().requires_grad_()
-        with torch.enable_grad():
-            state = State(z, *self.path.log_densities(z))
-            (gradient,) = torch.autograd.grad(state.log_density(beta).sum(), z)
-        return State(*(tensor.detach() for tensor in state)), gradient
 
 
 def tuned_steps(sampler: HMC, z: Tensor, betas: Tensor) -> Tensor:

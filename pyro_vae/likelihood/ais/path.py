@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
+import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_vae.likelihood.flat import FlatLatents
+from pyro_vae.likelihood.fitting.flat import FlatLatents
 from pyro_vae.pair.pair import Pair
 from pyro_vae.pair.site import Site
 from pyro_vae.pair.trace import run_guide, run_model, trace_pair
@@ -55,6 +56,14 @@ class AnnealingPath:
             start = run_guide(self.pair, *self.batch, num_particles=self.num_chains, values=values)
         log_start: Any = sum(start[name].log_prob for name in self.sites)
         return log_start, log_joint
+
+    def with_gradient(self, z: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Return both log-densities (C, B), and the gradient (C, B, L) of (1 − β) log p_0 + β log p."""
+        z = z.detach().requires_grad_()
+        with torch.enable_grad():
+            start, joint = self.log_densities(z)
+            (gradient,) = torch.autograd.grad(((1 - beta) * start + beta * joint).sum(), z)
+        return start.detach(), joint.detach(), gradient
 
     def refuse_point_masses(self) -> None:
         """Refuse a guide that fixes a site: a simulated value would differ from the guide's."""

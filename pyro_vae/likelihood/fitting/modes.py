@@ -3,154 +3,251 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyro_vae.likelihood.flat import FlatLatents
-from pyro_vae.pair.pair import Pair
-from pyro_vae.pair.site import exact
-from pyro_vae.pair.trace import run_guide, run_model
+from pyro_vae.likelihood.fitting.density import Density, Draws
 
-__all__ = ["Mode", "find_modes"]
+__all__ = ["MODES", "Mode", "find_modes", "refined"]
 
+# Modes at most.
+MODES = 8
 # Starts of the search: the mean of the guide's draws, some of them, some of the prior's, and of the prior's chosen by
 # their weights p(x | z), which lie near modes in few dimensions.
-MEAN_OF, GUIDES, PRIORS, CHOSEN = 256, 1, 2, 6
-# Newton steps, and the shares of a step that are tried at once.
-ROUNDS, SHARES = 30, (1.0, 0.5, 0.2, 0.05, 0.01)
-# A search ends where a Newton step would gain less, in nats.
-GAIN = 1e-9
-# Modes nearer than this in units of their width are one; a mode of so little evidence adds nothing.
-APART, LITTLE = 0.5, 20.0
+GUIDES, PRIORS, CHOSEN = 1, 2, 6
+# Quasi-Newton steps at most, and the nats that a step must promise: Newton steps and averages follow.
+CLIMBS, PROMISE = 60, 0.2
+# Newton steps at the end, and the shares of a step that are tried at once; a step that gains less needs no more.
+POLISHES, SHARES, SMALL = 4, (1.0, 0.5, 0.2, 0.05, 0.01), 0.3
+# Rounds of averages over a Gaussian's draws, and their number. A round that loses so many nats is the last.
+ROUNDS, AVERAGED, LOSS = 4, 96, 2.0
+# Times as many draws where a pilot calls for them.
+MORE = 4
+# One round changes no precision by more than these factors.
+LEAST, MOST = 0.3, 4.0
+# Averages are taken over few modes, those of the most evidence: each of so many nats less than the best at most.
+FEW, WORTH = 3, 3.0
+# Modes nearer than this in units of their width are one: two equal Gaussians have two modes from a distance of 2 on. A
+# mode of so little evidence, in nats, adds nothing.
+APART, LITTLE = 2.0, 20.0
 # The curvature is never taken to be below this share of its largest.
 FLOOR = 1e-8
 
 
 class Mode(NamedTuple):
-    """A mode of log p(x, z(u)) |∂z/∂u|.
+    """A Gaussian at a mode of log p(x, z(u)) |∂z/∂u|.
 
     Args:
-        point: u, (L,), float64.
-        factor: F with F Fᵀ the inverse of the negative Hessian, (L, L), float64.
-        log_evidence: log of the integral of the Gaussian there, Laplace's approximation, in nats.
+        point: its mean, (L,), float64.
+        axes: eigenvectors of its precision Λ, (L, L), float64.
+        lengths: its eigenvalues, positive, (L,), float64.
+        log_evidence: rough logarithm of the mass that it stands for, in nats.
+        left: size of the gradient that it leaves, in units of its width; 0 for a Gaussian posterior, and if unknown.
     """
 
     point: Tensor
-    factor: Tensor
+    axes: Tensor
+    lengths: Tensor
     log_evidence: Tensor
+    left: float = 0.0
+
+    @property
+    def factor(self) -> Tensor:
+        """F with F Fᵀ = Λ⁻¹, (L, L)."""
+        return self.axes / self.lengths.sqrt()
+
+    @property
+    def whitener(self) -> Tensor:
+        """F⁻¹, (L, L)."""
+        return self.lengths.sqrt().unsqueeze(-1) * self.axes.mT
+
+    def is_near(self, point: Tensor) -> bool:
+        """Whether a point is this mode, up to a share of its width."""
+        return bool((self.whitener @ (point - self.point)).norm() <= APART)
 
 
-class _Density:
-    """log p(x, z(u)) |∂z/∂u| of one datum at many points, with gradient and Hessian."""
-
-    def __init__(
-        self, pair: Pair, datum: tuple[Tensor, ...], supports: Mapping[str, Any], fixed: Sequence[str]
-    ) -> None:
-        self.pair, self.datum, self.fixed = pair, datum, fixed
-        sites = exact(run_guide(pair, *datum, num_particles=MEAN_OF))
-        self.flat = FlatLatents(sites, supports)
-        points = self.flat.points_of(sites)[:, 0]
-        self.dtype, draws = points.dtype, points.double()
-        held = {name: sites[name].drawn for name in fixed}
-        model = exact(run_model(pair, *datum, num_particles=MEAN_OF, values=held))
-        priors = self.flat.points_of(model)[:, 0].double()
-        data = torch.stack([site.log_prob for name, site in model.items() if name not in supports]).sum(0)[:, 0]
-        # Adding Gumbel noise and taking the largest draws without replacement in proportion to the weights.
-        noisy = data.nan_to_num(nan=-math.inf) - torch.empty_like(data).exponential_().log()
-        chosen = priors[noisy.topk(CHOSEN).indices]
-        self.starts = torch.cat([draws.mean(0, keepdim=True), draws[:GUIDES], priors[:PRIORS], chosen])
-        self.step = self._step(draws.std(0).clamp(min=1e-4, max=1.0))
-
-    def _step(self, scale: Tensor) -> Tensor:
-        """Return the step of central differences: rounding of a gradient over it balances its square."""
-        return (1e-4 if self.dtype == torch.float64 else 3e-2) * scale
-
-    def adapt(self, curvature: Tensor) -> None:
-        """Take steps in units of the posterior's width, from a negative Hessian (L, L), in place of the guide's."""
-        widths = curvature.diagonal().abs().clamp(min=1e-12).rsqrt()
-        if bool(widths.isfinite().all()):
-            self.step = self._step(widths.clamp(max=1.0))
-
-    def __call__(self, points: Tensor, *, gradient: bool = False) -> tuple[Tensor, Tensor]:
-        """Return the density (N,) and its gradient (N, L), or zeros, at points (N, L)."""
-        count = len(points)
-        flat_points = points.to(self.dtype).unsqueeze(1)
-        fixed = {}
-        if self.fixed:
-            sites = run_guide(self.pair, *self.datum, num_particles=count)
-            fixed = {name: sites[name].drawn.detach() for name in self.fixed}
-        with torch.set_grad_enabled(gradient):
-            flat_points.requires_grad_(gradient)
-            values, log_det = self.flat.take_apart(flat_points)
-            model = exact(run_model(self.pair, *self.datum, num_particles=count, values={**fixed, **values}))
-            log_joint = (torch.stack([site.log_prob for site in model.values()]).sum(0) + log_det)[:, 0]
-            if not gradient:
-                return log_joint, torch.zeros_like(points)
-            (slope,) = torch.autograd.grad(log_joint.sum(), flat_points)
-        return log_joint.detach(), slope[:, 0].double()
-
-    def curvature(self, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return density (N,), gradient (N, L) and negative Hessian (N, L, L), by central differences of gradients."""
-        count, size = points.shape
-        moves = torch.diag(self.step)
-        around = torch.cat([torch.zeros_like(moves[:1]), moves, -moves])
-        value, slope = self((points.unsqueeze(1) + around).reshape(-1, size), gradient=True)
-        slope = slope.reshape(count, 2 * size + 1, size)
-        difference = (slope[:, size + 1 :] - slope[:, 1 : size + 1]) / (2 * self.step.unsqueeze(-1))
-        return value.reshape(count, -1)[:, 0], slope[:, 0], 0.5 * (difference + difference.mT)
-
-
-def find_modes(
-    pair: Pair, datum: tuple[Tensor, ...], supports: Mapping[str, Any], fixed: Sequence[str]
-) -> tuple[list[Mode], Tensor]:
-    """Return the modes that damped Newton steps from several starts reach, the one of most evidence first, and a start.
+def find_modes(density: Density, datum: tuple[Tensor, ...], draws: Draws) -> list[Mode]:
+    """Return Gaussians at the modes that ascent from several starts reaches, the one of most evidence first.
 
     Args:
-        pair: a pair in evaluation mode.
+        density: of the pair.
         datum: one datum and its conditions.
-        supports: of the latent sites, by name.
-        fixed: sites that the guide fixes to a point mass.
+        draws: of guide and prior, to start from.
     """
-    density = _Density(pair, datum, supports, fixed)
-    points = density.starts.clone()
-    active = torch.arange(len(points), device=points.device)
-    for _ in range(ROUNDS):
-        value, slope, curvature = density.curvature(points[active])
-        density.adapt(curvature[value.nan_to_num(nan=-math.inf).argmax()])
-        lengths, axes = _spectrum(curvature)
-        step = (axes @ ((axes.mT @ slope.unsqueeze(-1)) / lengths.unsqueeze(-1))).squeeze(-1)
-        gain = (step * slope).sum(-1)
-        tried = points[active].unsqueeze(1) + step.unsqueeze(1) * points.new_tensor(SHARES).unsqueeze(-1)
-        values, _ = density(tried.reshape(-1, points.shape[-1]))
-        best, index = values.reshape(len(active), -1).nan_to_num(nan=-math.inf, neginf=-math.inf).max(-1)
-        better = (best > value) & (gain > GAIN)
-        points[active[better]] = tried[better, index[better]]
-        active = active[better]
-        if not len(active):
+    points, scale = _starts(draws)
+    points, values, inverse = _climb(density, datum, points, scale)
+    # The determinant of the last quasi-Newton matrix is a rough one.
+    rough = values + 0.5 * torch.linalg.slogdet(inverse)[1]
+    modes: list[Mode] = []
+    for i in rough.nan_to_num(nan=-math.inf).argsort(descending=True).tolist():
+        if len(modes) == MODES or not bool(values[i].isfinite()):
             break
-    value, _, curvature = density.curvature(points)
-    return _distinct(points, value, curvature), density.starts[0]
+        if any(mode.is_near(points[i]) for mode in modes):
+            continue
+        mode = _polished(density, datum, points[i])
+        if mode is not None and not any(other.is_near(mode.point) for other in modes):
+            modes.append(mode)
+    modes.sort(key=lambda mode: -float(mode.log_evidence))
+    most = modes[0].log_evidence if modes else -math.inf
+    count = sum(bool(mode.log_evidence > most - WORTH) for mode in modes[:FEW])
+    averaged = [_averaged(density, datum, mode) for mode in modes[:count]]
+    # A search that runs away ends where the density is flat, and holds no mass.
+    worth = [mode for mode in averaged if mode.log_evidence.isfinite()]
+    others = [mode for mode in modes[count:] if mode.log_evidence > most - LITTLE]
+    if not worth or max(mode.log_evidence for mode in worth) < draws.log_weights.mean() - LOSS:
+        # Where scales depend on latents, modes hold no mass. The guide knows where it is.
+        guided = _averaged(density, datum, _of(draws.guides), 2 * ROUNDS)
+        worth = [guided, *(mode for mode in worth if mode.log_evidence > guided.log_evidence - LITTLE)]
+        others = []
+    return sorted(worth, key=lambda mode: -float(mode.log_evidence)) + others
+
+
+def refined(density: Density, datum: tuple[Tensor, ...], modes: Sequence[Mode]) -> list[Mode]:
+    """Return modes after further averages, over more draws, for those of much evidence."""
+    most, count = max(mode.log_evidence for mode in modes), MORE * AVERAGED
+    return [
+        _averaged(density, datum, mode, count=count) if i < FEW and mode.log_evidence > most - WORTH else mode
+        for i, mode in enumerate(modes)
+    ]
+
+
+def _of(draws: Tensor) -> Mode:
+    """Return the Gaussian of the mean and the variances of draws (N, L)."""
+    lengths = draws.var(0).clamp(min=1e-12).reciprocal()
+    return Mode(draws.mean(0), torch.eye(len(lengths), dtype=draws.dtype, device=draws.device), lengths, lengths.sum())
+
+
+def _starts(draws: Draws) -> tuple[Tensor, Tensor]:
+    """Return points to start from (N, L), and the guide's widths (L,)."""
+    guides, priors, log_lik = draws.guides, draws.priors, draws.log_lik
+    # Adding Gumbel noise and taking the largest draws without replacement in proportion to the weights.
+    noisy = log_lik.nan_to_num(nan=-math.inf) - torch.empty_like(log_lik).exponential_().log()
+    chosen = priors[noisy.topk(CHOSEN).indices]
+    starts = torch.cat([guides.mean(0, keepdim=True), guides[:GUIDES], priors[:PRIORS], chosen])
+    return starts, guides.std(0).clamp(min=1e-4, max=1.0)
+
+
+def _climb(density: Density, datum: tuple[Tensor, ...], points: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return points after quasi-Newton ascent (BFGS) from each, their values, and inverse Hessians' approximations."""
+    first = torch.diag_embed((scale**2).expand_as(points))
+    inverse, size, is_first = first.clone(), points.new_ones(len(points)), points.new_ones(len(points)).bool()
+    value, slope = density(datum, points)
+    for _ in range(CLIMBS):
+        step = (inverse @ slope.unsqueeze(-1)).squeeze(-1)
+        gain = (step * slope).sum(-1)
+        active = (gain > PROMISE) & (size > 1e-6) & value.isfinite()
+        if not bool(active.any()):
+            break
+        move = torch.where(active, size, 0.0).unsqueeze(-1) * step
+        trial, trial_slope = density(datum, points + move)
+        better = active & (trial >= value + 1e-4 * size * gain)
+        change = slope - trial_slope
+        inverse = torch.where((better & is_first)[:, None, None], _rescaled(inverse, move, change), inverse)
+        inverse = torch.where(better[:, None, None], _updated(inverse, move, change), inverse)
+        # A parabola through the values places the next trial.
+        lack = (size * gain - (trial - value)).clamp(min=1e-12)
+        shrunk = (0.5 * size * gain / lack).nan_to_num(nan=0.1).clamp(0.1, 0.5)
+        size = torch.where(better, 1.0, torch.where(active, size * shrunk, size))
+        points = torch.where(better.unsqueeze(-1), points + move, points)
+        value, slope = torch.where(better, trial, value), torch.where(better.unsqueeze(-1), trial_slope, slope)
+        is_first = is_first & ~better
+    return points, value, inverse
+
+
+def _rescaled(inverse: Tensor, move: Tensor, change: Tensor) -> Tensor:
+    """Return an inverse Hessian scaled so that it fits the first step (Nocedal and Wright, 2006, equation 6.20)."""
+    curved = (move * change).sum(-1)
+    factor = curved / (change * (inverse @ change.unsqueeze(-1)).squeeze(-1)).sum(-1)
+    return torch.where((curved > 0) & factor.isfinite(), factor, 1.0)[:, None, None] * inverse
+
+
+def _updated(inverse: Tensor, move: Tensor, change: Tensor) -> Tensor:
+    """Return the BFGS update of inverse Hessians; unchanged where the density is not concave along the move."""
+    curved = (move * change).sum(-1)
+    along = (inverse @ change.unsqueeze(-1)).squeeze(-1)
+    outer, crossed = move.unsqueeze(-1) * move.unsqueeze(-2), along.unsqueeze(-1) * move.unsqueeze(-2)
+    weight = (1 + (change * along).sum(-1) / curved) / curved
+    new = inverse + weight[:, None, None] * outer - (crossed + crossed.mT) / curved[:, None, None]
+    is_sound = (curved > 1e-10 * move.norm(dim=-1) * change.norm(dim=-1)) & new.flatten(1).isfinite().all(-1)
+    return torch.where(is_sound[:, None, None], new, inverse)
+
+
+def _polished(density: Density, datum: tuple[Tensor, ...], point: Tensor) -> Mode | None:
+    """Return the mode that Newton steps reach, with its curvature; None if that is not finite, or there is none."""
+    share = point.new_tensor(SHARES).unsqueeze(-1)
+    for _ in range(POLISHES):
+        value, slope, curvature = density.curvature(datum, point)
+        if not bool(curvature.isfinite().all()) or not bool(value.isfinite()):
+            return None
+        lengths, axes = _spectrum(curvature)
+        step = axes @ ((axes.mT @ slope) / lengths)
+        gain = 0.5 * float(step @ slope)
+        evidence = value + 0.5 * (math.log(2 * math.pi) - lengths.log()).sum()
+        if gain < SMALL:
+            return Mode(point + step, axes, lengths, evidence + gain)
+        values = density(datum, point + share * step)[0].nan_to_num(nan=-math.inf)
+        best = int(values.argmax())
+        if values[best] <= value:
+            break
+        point = point + SHARES[best] * step
+    # A flat tail promises much and gives nothing: no mode.
+    return Mode(point, axes, lengths, evidence) if gain < WORTH else None
+
+
+def _averaged(
+    density: Density, datum: tuple[Tensor, ...], mode: Mode, rounds: int = ROUNDS, count: int = AVERAGED
+) -> Mode:
+    """Return the Gaussian of the best ELBO near a mode's, by its draws.
+
+    There the mean gradient is zero and Λ = −E ∇² log p. By Price's theorem the Hessian's mean is one of gradients:
+    −E ∇² log p = Λ − E [Λ (u − μ) r(u)ᵀ], with r(u) = ∇ log p + Λ (u − μ), what the Gaussian leaves. A Gaussian
+    posterior leaves nothing, and no noise. At the mode of a network with kinks, the Hessian tells little of the width.
+
+    Reference:
+        Opper and Archambeau (2009), The variational Gaussian approximation revisited, Neural Computation 21; Khan and
+        Nielsen (2018), Fast yet simple natural-gradient descent for variational inference in complex models, ISITA.
+    """
+    size, best = len(mode.point), mode
+    for i in range(rounds + 1):
+        half = mode.point.new_empty(max(count, 2 * size) // 2, size).normal_()
+        noise = torch.cat([half, -half])
+        value, slope = density(datum, mode.point + noise @ mode.factor.mT)
+        # In units of the Gaussian's width.
+        left = slope @ mode.factor + noise
+        # The ELBO; a Gaussian posterior leaves each draw the same.
+        evidence = (value + 0.5 * noise.square().sum(-1)).mean()
+        evidence = evidence + 0.5 * (math.log(2 * math.pi) - mode.lengths.log()).sum()
+        mode = mode._replace(log_evidence=evidence, left=float(left.abs().max()))
+        if i == 0 or mode.log_evidence > best.log_evidence:
+            best = mode
+        elif not mode.log_evidence > best.log_evidence - LOSS:
+            break
+        if i == rounds:
+            break
+        change, shift = _shrunk(-noise.unsqueeze(-1) * left.unsqueeze(-2)), _shrunk(left)
+        sizes, axes = torch.linalg.eigh(0.5 * (change + change.mT))
+        if not bool(sizes.isfinite().all()):
+            break
+        axes = mode.whitener.mT @ (axes * (1 + sizes).clamp(LEAST, MOST).sqrt())
+        lengths, axes = _spectrum(axes @ axes.mT)
+        step = axes @ ((axes.mT @ (mode.whitener.mT @ shift)) / lengths)
+        mode = Mode(mode.point + step, axes, lengths, mode.log_evidence)
+    return best
+
+
+def _shrunk(samples: Tensor) -> Tensor:
+    """Return the mean of samples (N, …), shrunk towards zero by as much of it as is noise (James and Stein, 1961)."""
+    mean = samples.mean(0)
+    squared = mean.square().sum()
+    noise = (samples.square().sum() / len(samples) - squared) / len(samples)
+    return mean * (1 - noise / squared).nan_to_num(nan=0.0).clamp(0.0, 1.0)
 
 
 def _spectrum(curvature: Tensor) -> tuple[Tensor, Tensor]:
     """Return the sizes of a matrix's eigenvalues, floored, and its axes."""
-    values, axes = torch.linalg.eigh(curvature.nan_to_num())
+    values, axes = torch.linalg.eigh(curvature)
     sizes = values.abs()
     return sizes.clamp(min=1e-12).maximum(FLOOR * sizes.amax(-1, keepdim=True)), axes
-
-
-def _distinct(points: Tensor, value: Tensor, curvature: Tensor) -> list[Mode]:
-    lengths, axes = _spectrum(curvature)
-    factors = axes / lengths.sqrt().unsqueeze(-2)
-    evidence = value + 0.5 * points.shape[-1] * math.log(2 * math.pi) - 0.5 * lengths.log().sum(-1)
-    modes: list[Mode] = []
-    for i in evidence.nan_to_num(nan=-math.inf).argsort(descending=True).tolist():
-        if not bool(evidence[i].isfinite()) or (modes and evidence[i] < modes[0].log_evidence - LITTLE):
-            continue
-        away = [torch.linalg.solve(mode.factor, points[i] - mode.point).norm() for mode in modes]
-        if all(distance > APART for distance in away):
-            modes.append(Mode(points[i], factors[i], evidence[i]))
-    return modes

@@ -96,7 +96,7 @@ def exact(pair: Any, x: Tensor) -> Tensor:
 def test_annealing_is_right_where_the_guide_is_useless() -> None:
     pair, x = BadGuide(3, 2), torch.randn(4, 3)
     truth = exact(pair, x)
-    importance = pv.log_likelihood(pair, x, num_particles=1000, seed=0).per_datum
+    importance = pv.log_likelihood(pair, x, num_particles=1000, seed=0, proposal="guide").per_datum
     assert (truth - importance > 1).all()
     annealed = pv.annealed_log_likelihood(pair, x, num_chains=400, leapfrog_steps=4, seed=0)
     assert annealed.num_temperatures == 1000

@@ -17,6 +17,7 @@ __all__ = ["FlatLatents", "unfit"]
 
 # Latents of a datum at most: their Hessian has as many rows, each from two gradients.
 MOST_LATENTS = 300
+REAL = (-math.inf, math.inf)
 # Supports whose bijection from R^n depends on no tensor.
 FREE = (constraints.real, constraints.positive, constraints.nonnegative, constraints.unit_interval)
 
@@ -33,6 +34,9 @@ def unfit(trace: PairTrace) -> str:
             return f"site '{name}' is discrete"
         if site.scored is not None:
             return f"site '{name}' is masked"
+        if trace.model[name].entry_support is constraints.real and trace.model[name].interval not in (None, REAL):
+            # torch calls a circle's support real.
+            return f"site '{name}' is periodic"
         if not any(trace.model[name].entry_support is free for free in FREE):
             return f"site '{name}' has support {trace.model[name].entry_support}, which is no fixed interval"
         size += math.prod(site.value.shape[2:])
@@ -52,7 +56,14 @@ class FlatLatents:
     def __init__(self, sites: Mapping[str, Site], supports: Mapping[str, Any] | None = None) -> None:
         supports = dict.fromkeys(sites, constraints.real) if supports is None else supports
         self.sites = {name: sites[name] for name in supports}
+        # Shapes, not values: a recording may hold no tensor of another run.
+        self.shapes = {name: tuple(site.value.shape[2:]) for name, site in self.sites.items()}
         self.maps = {name: biject_to(support) for name, support in supports.items()}
+
+    @property
+    def size(self) -> int:
+        """L."""
+        return sum(map(math.prod, self.shapes.values()))
 
     def points_of(self, sites: Mapping[str, Site]) -> Tensor:
         """Return the values of another run's sites as points, (K, B, L)."""
@@ -68,8 +79,8 @@ class FlatLatents:
         values, begin = {}, 0
         log_det = torch.zeros(points.shape[:2], dtype=torch.float64, device=points.device)
         for name, site in self.sites.items():
-            shape = (*points.shape[:2], *site.value.shape[2:])
-            end = begin + math.prod(shape[2:])
+            shape = (*points.shape[:2], *self.shapes[name])
+            end = begin + math.prod(self.shapes[name])
             part = points[..., begin:end].reshape(shape)
             value = self.maps[name](part)
             values[name] = site.as_drawn(value)
