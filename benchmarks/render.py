@@ -257,6 +257,22 @@ def settled_times(record: dict[str, Any]) -> str:
     return f"{markdown_table(header, rows)}\n\nPer digit, one thread, whole calls. {provenance(record)}"
 
 
+def gold(record: dict[str, Any]) -> str:
+    """Return a paragraph on settled numbers beside annealing and bounds."""
+    results = record["results"]
+    simulated, (annealing, settling) = results["simulated"], results["seconds"]
+    # An error that is not known is −1.
+    away = [abs(d) / e for d, e in zip(results["difference"], results["errors"], strict=True) if e > 0]
+    return (
+        f"{results['digits']} static MNIST digits, VAE 784–400–40: {results['mean']:.3f} by chosen proposals "
+        f"({results['settled']} settled) in {settling:.1f} s, {results['annealed_mean']:.3f} by annealing from the "
+        f"guide and the prior with {results['temperatures']} temperatures in {annealing:.0f} s; the largest distance of a "
+        f"digit is {max(away):.1f} errors of both. As many digits drawn from the model: {simulated['mean']:.2f}, "
+        f"between {simulated['lower']:.2f} and {simulated['upper']:.2f} in expectation; {simulated['outside']} outside "
+        f"their interval. {provenance(record)}"
+    )
+
+
 def thousands(count: int) -> str:
     """Return a number in groups of three digits."""
     return f"{count:,}".replace(",", " ")
@@ -271,6 +287,7 @@ TABLES = {
     "start": start,
     "settled": settled,
     "settled_times": settled_times,
+    "gold": gold,
 }
 # Tables that share a file of results.
 FILES = {"settled_times": "settled"}
