@@ -266,8 +266,8 @@ def gold(record: dict[str, Any]) -> str:
     return (
         f"{results['digits']} static MNIST digits, VAE 784–400–40: {results['mean']:.3f} by chosen proposals "
         f"({results['settled']} settled) in {settling:.1f} s, {results['annealed_mean']:.3f} by annealing from the "
-        f"guide and the prior with {results['temperatures']} temperatures in {annealing:.0f} s; the largest distance of a "
-        f"digit is {max(away):.1f} errors of both. As many digits drawn from the model: {simulated['mean']:.2f}, "
+        f"guide and the prior with {results['temperatures']} temperatures in {annealing:.0f} s; the largest distance "
+        f"of a digit is {max(away):.1f} errors of both. As many digits drawn from the model: {simulated['mean']:.2f}, "
         f"between {simulated['lower']:.2f} and {simulated['upper']:.2f} in expectation; {simulated['outside']} outside "
         f"their interval. {provenance(record)}"
     )
