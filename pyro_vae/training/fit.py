@@ -51,7 +51,7 @@ from pyro_vae.training.optimizers import (
     make_schedule,
     rate_of,
 )
-from pyro_vae.training.precision import Precision, check_precision, to_precision
+from pyro_vae.training.precision import Precision, check_precision, share_of_bfloat16, to_precision
 from pyro_vae.training.run_folder import RunFolder
 from pyro_vae.training.step import Step, eager_step
 from pyro_vae.training.trainer import NonFiniteBatchError, Trainer
@@ -150,7 +150,7 @@ def fit(
             compiler. Results are then equal up to rounding.
         precision: "float32" or "float64" convert pair and data; None leaves them as they are. "bf16-mixed" runs the
             pair's networks under torch's autocast to bfloat16 while training; parameters, densities and sums stay in
-            float32. Evaluation always runs in full precision.
+            float32. Evaluation always runs in full precision. A processor without instructions for bfloat16 refuses it.
         tf32: whether a GPU may round the operands of float32 matmuls to TF32 while training.
         seed: seed of the shuffling and of every draw. Without it the pair's first call has seed 0, a later call one
             derived from the call before, and a resumed run that of its beginning: a loop of calls goes on as one call
@@ -189,7 +189,7 @@ def fit(
     lr, clip_norm = (None if n is None else real(n, name) for n, name in ((lr, "lr"), (clip_norm, "clip_norm")))
     _check_folder(run_dir, config)
     _check_capture(capture, compiled)
-    processes, target = _place(device, precision, tf32)
+    processes, target = _place(device, precision, tf32, resume)
     folder = RunFolder(None if run_dir is None else Path(run_dir), processes)
     seeds = folder.seeds(seed) if resume else next_seeds(pair, seed)
     train, held_out, inspection = _data(pair, data, validation, precision, seeds.split)
@@ -208,6 +208,8 @@ def fit(
     batches = Batches(train, target)
     trainer = Trainer(pair, update, schedule, batches, held_out, settings, processes, in_bfloat16, weighed)
     shows = progress and processes.is_first
+    if shows and in_bfloat16:
+        error_console.print(f"a matmul in bfloat16 takes {share_of_bfloat16(target):.2f} of its time in float32 here")
     steps = _steps(trainer, loss, capture, error_console.print if shows else None)
     with own_random_state(processes.seed(seeds.run), trainer.device):
         state = folder.open(trainer.state(), identity, {"epochs": epochs, **(config or {})}, resume=resume)
@@ -240,10 +242,12 @@ def _check_capture(capture: Capture, compiled: bool) -> None:
         raise ValueError("compiled asks for the recording of a run with capture=False: leave one of them out")
 
 
-def _place(device: str | torch.device, precision: Precision | None, tf32: bool) -> tuple[Processes, torch.device]:
+def _place(
+    device: str | torch.device, precision: Precision | None, tf32: bool, resume: bool
+) -> tuple[Processes, torch.device]:
     """Return the processes of the run, joined, and the device of this one."""
     target = resolve_device(device)
-    check_precision(precision, tf32, target)
+    check_precision(precision, tf32, target, resume=resume)
     processes = join(target)
     return processes, processes.device(target)
 

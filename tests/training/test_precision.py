@@ -34,6 +34,12 @@ def _single() -> None:
     torch.set_default_dtype(torch.float32)
 
 
+@pytest.fixture(autouse=True)
+def _narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Processors without bfloat16 instructions take the same numbers, slowly.
+    monkeypatch.setattr("pyro_vae.training.precision.has_bfloat16", lambda _: True)
+
+
 class Decoded(pv.Pair):
     """z ~ N(0, I) in model and guide, x ~ N(W z + b, I): its loss hears of rounding by the decoder's means only."""
 
@@ -170,6 +176,18 @@ def test_a_run_goes_on_in_its_precision_only(tmp_path: Path) -> None:
     # None takes the pair as it is, and is recorded by what that was.
     fit(small_vae(), x, run_dir=tmp_path / "plain")
     fit(small_vae(), x, epochs=3, precision="float32", run_dir=tmp_path / "plain", resume=True)
+
+
+def test_bfloat16_is_refused_where_it_can_only_lose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, pair = torch.randn(64, 4), small_vae()
+    fit(small_vae(), x, precision="bf16-mixed", run_dir=tmp_path / "begun")
+    monkeypatch.setattr("pyro_vae.training.precision.has_bfloat16", lambda _: False)
+    with pytest.raises(ValueError, match="bf16-mixed would be slower than float32 on this cpu"):
+        fit(pair, x, precision="bf16-mixed", run_dir=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    # A run of another machine goes on.
+    run = fit(small_vae(), x, epochs=3, precision="bf16-mixed", run_dir=tmp_path / "begun", resume=True)
+    assert len(run.metrics) == 3
 
 
 @pytest.mark.parametrize(
