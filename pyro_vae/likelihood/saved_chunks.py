@@ -6,14 +6,13 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from pyro_vae._version import __version__
 from pyro_vae.inspection import Inspection
 from pyro_vae.likelihood.weights import WeightSummary
-from pyro_vae.runtime.files import write_whole
+from pyro_vae.runtime.files import read_tensors, write_tensors
 
 __all__ = ["SavedChunks", "evaluation_key"]
 
@@ -73,11 +72,9 @@ class SavedChunks:
             return None
         mend = "delete it, and these data are evaluated again"
         try:
-            with safetensors.safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                fields = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator of its own)
-        except (safetensors.SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is damaged, or no safetensors file ({error}): {mend}") from error
+            fields, metadata = read_tensors(path)
+        except ValueError as error:
+            raise ValueError(f"{error}: {mend}") from error
         if metadata.get("format") != FORMAT or metadata.get("key") != self.key:
             raise ValueError(f"{path} was not written by this evaluation: {mend}")
         levels = self.num_particles.bit_length()
@@ -91,7 +88,7 @@ class SavedChunks:
         """Save the statistics of these data; the file is written whole or not at all."""
         tensors = {name: tensor.contiguous() for name, tensor in summary._asdict().items()}
         metadata = {"format": FORMAT, "key": self.key, "rows": _named(rows)}
-        write_whole(self._path(rows), lambda path: safetensors.torch.save_file(tensors, path, metadata))
+        write_tensors(self._path(rows), tensors, metadata)
 
 
 def _named(rows: range) -> str:

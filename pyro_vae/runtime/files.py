@@ -1,15 +1,39 @@
-"""Files that are replaced as a whole, and JSON files."""
+"""Files that are replaced as a whole, JSON files, and files of tensors that notice damage."""
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
+import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["read_json", "read_json_lines", "write_text", "write_whole"]
+import safetensors.torch
+import torch
+from torch import Tensor
+
+__all__ = [
+    "CHECKSUM",
+    "checksum",
+    "read_json",
+    "read_json_lines",
+    "read_tensors",
+    "remove_unfinished",
+    "write_tensors",
+    "write_text",
+    "write_whole",
+]
+
+# Name of the entry that holds the checksum of the others.
+CHECKSUM = "sha256"
+_UNFINISHED = re.compile(r"\.[0-9a-f]{8}\..")
+# What the libraries that write say of a disk without space, and of a file that may not grow.
+_FULL = re.compile("No space left|File too large|quota|unexpected pos|file write failed", re.IGNORECASE)
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
@@ -18,16 +42,102 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     Args:
         path: the file.
         write: writes the content to a path that it is given.
+
+    Raises:
+        OSError: if the disk is full, in one sentence.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{secrets.token_hex(4)}.{path.name}")
     try:
+        # Some libraries would make a file that its owner alone may read. This one has the user's own mode.
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
+        temporary.chmod(mode)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        if not _is_full(error):
+            raise
+        left = "what it held before is intact" if path.exists() else "nothing was written"
+        # A chain of a library's own errors would say less.
+        raise OSError(f"{path} cannot be written, the disk is full: {left}; free some space and go on") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether a write failed for want of space: in the words of the operating system, of torch or of safetensors."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+        return True
+    return _FULL.search(str(error)) is not None or (error.__context__ is not None and _is_full(_context(error)))
+
+
+def _context(error: Exception) -> Exception:
+    return error.__context__ if isinstance(error.__context__, Exception) else RuntimeError()
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove the temporary files that a killed :func:`write_whole` left in a folder and in those below."""
+    for path in folder.rglob(".*"):
+        if _UNFINISHED.match(path.name) and path.is_file():
+            with suppress(OSError):
+                path.unlink()
+
+
+def checksum(content: Any) -> str:
+    """Return the SHA-256 of tensors, numbers and strings in dictionaries and lists, whatever the order of the keys.
+
+    >>> checksum({"a": 1, "b": torch.zeros(2)}) == checksum({"b": torch.zeros(2), "a": 1})
+    True
+    >>> checksum(torch.zeros(2)) == checksum(torch.zeros(1, 2))
+    False
+    """
+    digest = hashlib.sha256()
+
+    def feed(value: Any) -> None:
+        if isinstance(value, Tensor):
+            digest.update(repr((value.dtype, tuple(value.shape))).encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        elif isinstance(value, Mapping):
+            digest.update(b"{%d" % len(value))
+            for key in sorted(value, key=repr):
+                digest.update(repr(key).encode())
+                feed(value[key])
+        elif isinstance(value, (list, tuple)):
+            digest.update(b"[%d" % len(value))
+            for each in value:
+                feed(each)
+        else:
+            digest.update(repr(value).encode() + b";")
+
+    feed(content)
+    return digest.hexdigest()
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write tensors by name as safetensors, with metadata and the checksum of both."""
+    held = {**metadata, CHECKSUM: checksum([tensors, metadata])}
+    write_whole(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, held))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the metadata of a safetensors file, whoever wrote it.
+
+    Raises:
+        ValueError: for a damaged file, and for one whose content is not what :func:`write_tensors` wrote.
+    """
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator of its own)
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from error
+    expected = metadata.pop(CHECKSUM, None)
+    if expected is not None and expected != checksum([tensors, metadata]):
+        raise ValueError(f"{path} is damaged: its content differs from its checksum")
+    return tensors, metadata
 
 
 def write_text(path: Path, text: str) -> None:

@@ -366,7 +366,9 @@ def _train(trainer: Trainer, steps: tuple[Step, Step], folder: RunFolder, epochs
             saved = folder.save_failed_batch(error.rows, trainer.epoch)
             raise NonFiniteBatchError(error.epoch, error.sites, error.rows, saved) from error.__cause__
         except Exception:
-            _flush(folder)
+            # A disk that is full has raised already.
+            with suppress(OSError):
+                _flush(folder)
             raise
 
 

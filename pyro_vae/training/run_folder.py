@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import secrets
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -11,21 +13,32 @@ from pathlib import Path
 from typing import Any
 
 import pyro
-import safetensors.torch
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from pyro_vae._version import __version__
 from pyro_vae.pair.pair import Pair
+from pyro_vae.runtime.caller import warn_caller
 from pyro_vae.runtime.distributed import Processes
-from pyro_vae.runtime.files import read_json, write_text, write_whole
+from pyro_vae.runtime.files import (
+    CHECKSUM,
+    checksum,
+    read_json,
+    read_tensors,
+    remove_unfinished,
+    write_tensors,
+    write_text,
+    write_whole,
+)
 from pyro_vae.training.arguments import Identity, Seeds
 
 __all__ = ["RunFolder", "load_parameters", "load_state", "save_parameters", "save_state", "save_tensors"]
 
 # Saving may take this share of a run's time. Epochs in between are held in memory, and saved if the run breaks off.
 SHARE_OF_SAVING = 0.05
+# The checkpoint before the last one, to go on from if the last is damaged.
+PREVIOUS = "previous.pt"
 
 
 class RunFolder:
@@ -146,7 +159,8 @@ class RunFolder:
         assert self.path is not None
         before = read_json(self.path / "config.json")
         self._check_same(before, state["model"], identity, config)
-        saved = load_state(self.path / "checkpoint" / "state.pt", state["model"])
+        remove_unfinished(self.path)
+        saved = self._last_state(state)
         if config["epochs"] < saved["epoch"]:
             raise ValueError(f"{self.path} holds a run of {saved['epoch']} epochs: ask for as many at least (--epochs)")
         _check_shapes(state["pair"], saved["pair"], state["model"], self.path)
@@ -154,6 +168,23 @@ class RunFolder:
         # An interrupt may have left metrics.jsonl an epoch behind the checkpoint.
         self._write(saved)
         return saved
+
+    def _last_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return the last state that is not damaged."""
+        assert self.path is not None
+        path = self.path / "checkpoint" / "state.pt"
+        previous = path.with_name(PREVIOUS)
+        try:
+            return _checked(load_state(path, state["model"]), state, path)
+        except ValueError as error:
+            if not previous.exists():
+                raise
+            try:
+                saved = _checked(load_state(previous, state["model"]), state, previous)
+            except ValueError:
+                raise error from None
+            warn_caller(f"{error}; the run goes on from the checkpoint before, of epoch {saved['epoch']}")
+            return saved
 
     def _write_config(self, before: dict[str, Any], model: str, identity: Identity, config: dict[str, Any]) -> None:
         assert self.path is not None
@@ -185,7 +216,10 @@ class RunFolder:
         start = time.perf_counter()
         # An interrupt between the files leaves the rest to flush().
         self._unsaved = state
-        save_state(state, self.path / "checkpoint" / "state.pt")
+        path = self.path / "checkpoint" / "state.pt"
+        if self.saved:
+            _keep(path, path.with_name(PREVIOUS))
+        save_state(state, path)
         self.saved = state["epoch"]
         save_tensors(state["pair"], state["model"], self.path / "checkpoint" / "pair.safetensors")
         write_text(self.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in state["metrics"]))
@@ -226,8 +260,7 @@ def save_tensors(values: dict[str, Tensor], model: str, path: Path) -> None:
         if (place := tensors[name].untyped_storage().data_ptr()) in storages:
             tensors[name] = tensors[name].clone()
         storages.add(place)
-    metadata = {"format": "pyro_vae", "model": model}
-    write_whole(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata))
+    write_tensors(path, tensors, {"format": "pyro_vae", "model": model})
 
 
 def load_parameters(pair: Pair, path: Path) -> None:
@@ -240,11 +273,11 @@ def load_parameters(pair: Pair, path: Path) -> None:
     if not path.is_file():
         raise ValueError(f"{path} does not exist: this run has no checkpoint yet")
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator of its own)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from error
+        tensors, metadata = read_tensors(path)
+    except ValueError as error:
+        beside = path.with_name("state.pt")
+        mend = "; the run's last epoch is in state.pt: resume the run (--resume), which writes this file again"
+        raise ValueError(f"{error}{mend if beside.is_file() else ''}") from error
     if metadata.get("format") != "pyro_vae":
         raise ValueError(f"{path} was not written by pyro_vae")
     if metadata.get("model") != type(pair).__name__:
@@ -258,11 +291,38 @@ def _check_shapes(own: dict[str, Tensor], theirs: dict[str, Tensor], model: str,
     shapes, others = ({name: tensor.shape for name, tensor in state.items()} for state in (own, theirs))
     if wrong := sorted(name for name in shapes | others if shapes.get(name) != others.get(name)):
         raise ValueError(f"{path} holds a {model} of other shapes or parts: {', '.join(wrong[:5])}")
+    if wrong := sorted(name for name in own if _kind(own[name]) != _kind(theirs[name])):
+        name = wrong[0]
+        raise ValueError(f"{path} holds {name} in {theirs[name].dtype}, which is no {own[name].dtype}")
+
+
+def _kind(tensor: Tensor) -> torch.dtype | str:
+    """Return "real" for float32 and float64, which a run may convert, and any other dtype as it is."""
+    return "real" if tensor.dtype in (torch.float32, torch.float64) else tensor.dtype
+
+
+def _keep(path: Path, other: Path) -> None:
+    """Give a file that is about to be replaced another name too, where the file system can."""
+    temporary = other.with_name(f".{secrets.token_hex(4)}.{other.name}")
+    with suppress(OSError):
+        os.link(path, temporary)
+        temporary.replace(other)
+
+
+def _checked(saved: dict[str, Any], state: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return a saved state that has the parts of one of a run before its first epoch, and as many records as epochs."""
+    if lacking := sorted(state.keys() - saved.keys()):
+        raise ValueError(f"{path} is damaged, or of another version: it has no {', '.join(lacking)}")
+    epoch, metrics = saved["epoch"], saved["metrics"]
+    if not isinstance(epoch, int) or not isinstance(metrics, list) or epoch != len(metrics):
+        raise ValueError(f"{path} is damaged: its number of epochs is {epoch!r}, and not that of its records")
+    return saved
 
 
 def save_state(state: dict[str, Any], path: Path) -> None:
     """Write a state: tensors, numbers and strings only."""
-    write_whole(path, lambda temporary: torch.save({"format": "pyro_vae", **state}, temporary))
+    held = {"format": "pyro_vae", **state, CHECKSUM: checksum(state)}
+    write_whole(path, lambda temporary: torch.save(held, temporary))
 
 
 def load_state(path: Path, model: str) -> dict[str, Any]:
@@ -281,4 +341,8 @@ def load_state(path: Path, model: str) -> dict[str, Any]:
         raise ValueError(f"{path} was not written by pyro_vae")
     if state.get("model") != model:
         raise ValueError(f"{path} is a checkpoint of {state.get('model')}, not of {model}")
+    del state["format"]
+    expected = state.pop(CHECKSUM, None)
+    if expected is not None and expected != checksum(state):
+        raise ValueError(f"{path} is damaged: its content differs from its checksum")
     return state

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import pyro_vae as pv
 from pyro_vae.models import VAE, LinearGaussianVAE
 from pyro_vae.runtime.files import read_json, write_text, write_whole
-from pyro_vae.training.run_folder import load_parameters, load_state, save_parameters, save_state
+from pyro_vae.training.run_folder import PREVIOUS, load_parameters, load_state, save_parameters, save_state
 from pyro_vae.training.step import NonFiniteLossError
 
 FILES = {"config.json", "metrics.jsonl", "checkpoint/state.pt", "checkpoint/pair.safetensors"}
@@ -50,7 +50,8 @@ def without_time(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def files(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    """Return the files of a folder, without the checkpoint before the last one: few epochs are saved by the way."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != PREVIOUS}
 
 
 # Run folders
@@ -157,7 +158,8 @@ def test_a_folder_of_version_0_1_0_is_resumed(tmp_path: Path) -> None:
     config["versions"]["pyro_vae"] = "0.1.0"
     (tmp_path / "config.json").write_text(json.dumps(config))
     saved = torch.load(tmp_path / "checkpoint" / "state.pt", weights_only=True)
-    assert sorted(saved) == sorted(STATE_OF_0_1_0)
+    # Which has no checksum.
+    assert sorted(saved) == sorted([*STATE_OF_0_1_0, "sha256"])
     torch.save({name: saved[name] for name in STATE_OF_0_1_0}, tmp_path / "checkpoint" / "state.pt")
     resumed = fit(second, data(), epochs=4, warmup=3, run_dir=tmp_path, resume=True)
     assert same(state(second), state(whole))
@@ -263,6 +265,7 @@ class Touch:
 def test_damaged_state_is_refused(damage: str, tmp_path: Path) -> None:
     fit(vae(), data(), run_dir=tmp_path)
     path = tmp_path / "checkpoint" / "state.pt"
+    path.with_name(PREVIOUS).unlink(missing_ok=True)
     whole = path.read_bytes()
     expected = f"{path.name} is damaged"
     if damage == "truncated":
@@ -284,6 +287,68 @@ def test_damaged_state_is_refused(damage: str, tmp_path: Path) -> None:
     assert not (tmp_path / "executed").exists()
     with pytest.raises(ValueError, match=expected):
         load_state(path, "VAE")
+
+
+def with_a_flipped_bit(path: Path, start: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[start] ^= 1
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("damage", ["flipped", "gone", "another version's"])
+def test_a_damaged_checkpoint_costs_an_epoch(damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pyro_vae.training.run_folder.SHARE_OF_SAVING", 1.0)
+    start = vae()
+    whole, first, second = (copy.deepcopy(start) for _ in range(3))
+    unbroken = fit(whole, data(), epochs=6)
+    fit(first, data(), epochs=4, run_dir=tmp_path)
+    path = tmp_path / "checkpoint" / "state.pt"
+    assert load_state(path.with_name(PREVIOUS), "VAE")["epoch"] == 3
+    if damage == "flipped":
+        # A weight's own bytes: the archive keeps them as they are.
+        weight = first.q_z.network.weight.detach().numpy().tobytes()  # type: ignore[union-attr,operator]
+        with_a_flipped_bit(path, path.read_bytes().index(weight))
+    elif damage == "gone":
+        path.unlink()
+    else:
+        save_state({"model": "VAE", "epoch": 4}, path)
+    with pytest.warns(UserWarning, match="goes on from the checkpoint before, of epoch 3"):
+        resumed = fit(second, data(), epochs=6, run_dir=tmp_path, resume=True)
+    assert same(state(second), state(whole))
+    assert without_time(resumed.metrics) == without_time(unbroken.metrics)
+    assert load_state(path, "VAE")["epoch"] == 6
+
+
+def test_damaged_parameters_are_named_and_written_again(tmp_path: Path) -> None:
+    pair = vae()
+    fit(pair, data(), run_dir=tmp_path)
+    path = tmp_path / "checkpoint" / "pair.safetensors"
+    with_a_flipped_bit(path, path.stat().st_size - 3)
+    other = vae()
+    with pytest.raises(ValueError, match=r"differs from its checksum; .* resume the run \(--resume\)"):
+        load_parameters(other, path)
+    fit(vae(), data(), run_dir=tmp_path, resume=True)
+    load_parameters(other, path)
+    assert same(state(other), state(pair))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int64, torch.complex64])
+def test_parameters_of_another_kind_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    tensors = {name: value.to(dtype) for name, value in vae().state_dict().items()}
+    metadata = {"format": "pyro_vae", "model": "VAE"}
+    safetensors.torch.save_file(tensors, tmp_path / "p", metadata)
+    with pytest.raises(ValueError, match=rf"in {dtype}, which is no torch\.float64"):
+        load_parameters(vae(), tmp_path / "p")
+
+
+@pytest.mark.parametrize(("part", "value"), [("epoch", -5), ("epoch", 2.0), ("metrics", []), ("metrics", None)])
+def test_states_whose_parts_disagree_are_refused(part: str, value: Any, tmp_path: Path) -> None:
+    fit(vae(), data(), run_dir=tmp_path)
+    path = tmp_path / "checkpoint" / "state.pt"
+    path.with_name(PREVIOUS).unlink(missing_ok=True)
+    save_state({**load_state(path, "VAE"), part: value}, path)
+    with pytest.raises(ValueError, match="is damaged: its number of epochs"):
+        fit(vae(), data(), run_dir=tmp_path, resume=True, epochs=6)
 
 
 # Losses that are not finite
