@@ -17,8 +17,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 __all__ = [
     "CHECKSUM",
+    "FolderLock",
     "checksum",
     "read_json",
     "read_json_lines",
@@ -84,6 +90,59 @@ def remove_unfinished(folder: Path) -> None:
         if _UNFINISHED.match(path.name) and path.is_file():
             with suppress(OSError):
                 path.unlink()
+
+
+class FolderLock:
+    """Keep a folder for one process. It ends with its process, however that ends.
+
+    Args:
+        folder: an existing folder.
+
+    Raises:
+        ValueError: if another process holds the folder.
+    """
+
+    NAME = ".lock"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._file = folder, None
+        if fcntl is None:
+            return
+        while True:
+            file = os.open(folder / self.NAME, os.O_CREAT | os.O_RDWR, 0o666)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(file)
+                raise ValueError(
+                    f"another process is training in {folder}: let it end, or choose another folder"
+                ) from None
+            except OSError:
+                # Some network file systems know no locks.
+                os.close(file)
+                return
+            self._file = file
+            if self.is_held():
+                return
+            # Its last owner removed the file between the two calls.
+            os.close(file)
+
+    def is_held(self) -> bool:
+        """Whether the folder is still there, and the one that was locked."""
+        if self._file is None:
+            return self.folder.is_dir()
+        try:
+            return os.path.samestat(os.fstat(self._file), (self.folder / self.NAME).stat())
+        except OSError:
+            return False
+
+    def release(self) -> None:
+        """Leave the folder to others."""
+        if self._file is not None:
+            if self.is_held():
+                (self.folder / self.NAME).unlink(missing_ok=True)
+            os.close(self._file)
+            self._file = None
 
 
 def checksum(content: Any) -> str:

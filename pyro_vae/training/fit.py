@@ -212,13 +212,16 @@ def fit(
         error_console.print(f"a matmul in bfloat16 takes {share_of_bfloat16(target):.2f} of its time in float32 here")
     steps = _steps(trainer, loss, capture, error_console.print if shows else None)
     with own_random_state(processes.seed(seeds.run), trainer.device):
-        state = folder.open(trainer.state(), identity, {"epochs": epochs, **(config or {})}, resume=resume)
-        if state is not None:
-            trainer.restore(state)
-        # Before the first step: a run that breaks off has used its seed too.
-        remember_seeds(pair, seeds)
-        remember_kept(pair, trainer.kept)
-        _train(trainer, steps, folder, epochs, shows)
+        try:
+            state = folder.open(trainer.state(), identity, {"epochs": epochs, **(config or {})}, resume=resume)
+            if state is not None:
+                trainer.restore(state)
+            # Before the first step: a run that breaks off has used its seed too.
+            remember_seeds(pair, seeds)
+            remember_kept(pair, trainer.kept)
+            _train(trainer, steps, folder, epochs, shows)
+        finally:
+            folder.close()
     pair.eval()
     return Run(pair, trainer.metrics, folder.path)
 

@@ -23,6 +23,7 @@ from pyro_vae.runtime.caller import warn_caller
 from pyro_vae.runtime.distributed import Processes
 from pyro_vae.runtime.files import (
     CHECKSUM,
+    FolderLock,
     checksum,
     read_json,
     read_tensors,
@@ -58,6 +59,7 @@ class RunFolder:
         self.saved = 0
         self._unsaved: dict[str, Any] | None = None
         self._next_save = 0.0
+        self._lock: FolderLock | None = None
 
     def seeds(self, seed: int | None) -> Seeds:
         """Return the seeds of the run to resume; a seed that is given must be its seed, which :meth:`open` checks."""
@@ -80,7 +82,8 @@ class RunFolder:
 
         Raises:
             ValueError: for a folder that holds a run already; to resume: for a folder without one, other settings, a
-                damaged checkpoint, parameters of other shapes, fewer epochs than are done.
+                damaged checkpoint, parameters of other shapes, fewer epochs than are done; for a folder in which
+                another process trains.
         """
         if self.path is None:
             if resume:
@@ -89,6 +92,11 @@ class RunFolder:
         if resume:
             return self.processes.from_first(lambda: self._resume(state, identity, config))
         return self.processes.from_first(lambda: self._begin(state, identity, config))
+
+    def close(self) -> None:
+        """Leave the folder to other processes."""
+        if self._lock is not None:
+            self._lock.release()
 
     def save(self, state: Callable[[], dict[str, Any]]) -> None:
         """Save an epoch's state; shortly after the last save, hold a copy of it instead."""
@@ -135,30 +143,40 @@ class RunFolder:
 
     def _begin(self, state: dict[str, Any], identity: Identity, config: dict[str, Any]) -> None:
         assert self.path is not None
-        if (self.path / "config.json").exists():
-            raise ValueError(
-                f"{self.path} already holds a run: choose another folder, or continue it (resume, --resume)"
-            )
+        self._refuse_a_run()
         try:
             json.dumps(config)
         except (TypeError, ValueError) as error:
             raise ValueError(f"config holds a value that config.json cannot hold: {error}") from error
         there = [path for path in (self.path, *self.path.parents) if path.exists()]
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = FolderLock(self.path)
         before = set(self.path.rglob("*"))
         try:
+            # Another process may have begun one meanwhile.
+            self._refuse_a_run()
             # The checkpoint first: a folder with a config.json counts as a run.
             self._write(state)
             self._write_config({}, state["model"], identity, config)
         except Exception:
+            self.close()
             _remove(set(self.path.rglob("*")) - before)
             _remove({path for path in (self.path, *self.path.parents) if path not in there})
             self._unsaved = None
             raise
 
+    def _refuse_a_run(self) -> None:
+        assert self.path is not None
+        if (self.path / "config.json").exists():
+            raise ValueError(
+                f"{self.path} already holds a run: choose another folder, or continue it (resume, --resume)"
+            )
+
     def _resume(self, state: dict[str, Any], identity: Identity, config: dict[str, Any]) -> dict[str, Any]:
         assert self.path is not None
         before = read_json(self.path / "config.json")
         self._check_same(before, state["model"], identity, config)
+        self._lock = FolderLock(self.path)
         remove_unfinished(self.path)
         saved = self._last_state(state)
         if config["epochs"] < saved["epoch"]:
@@ -214,6 +232,9 @@ class RunFolder:
         """Write the checkpoint and the records of the epochs so far."""
         assert self.path is not None
         start = time.perf_counter()
+        if self._lock is not None and not self._lock.is_held():
+            self._unsaved = None
+            raise ValueError(f"{self.path} was removed or replaced while its run was training: nothing more is saved")
         # An interrupt between the files leaves the rest to flush().
         self._unsaved = state
         path = self.path / "checkpoint" / "state.pt"

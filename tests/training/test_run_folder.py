@@ -6,6 +6,9 @@ import copy
 import json
 import math
 import pickle
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from torch import Tensor, nn
 
 import pyro_vae as pv
 from pyro_vae.models import VAE, LinearGaussianVAE
-from pyro_vae.runtime.files import read_json, write_text, write_whole
+from pyro_vae.runtime.files import FolderLock, read_json, write_text, write_whole
 from pyro_vae.training.run_folder import PREVIOUS, load_parameters, load_state, save_parameters, save_state
 from pyro_vae.training.step import NonFiniteLossError
 
@@ -349,6 +352,74 @@ def test_states_whose_parts_disagree_are_refused(part: str, value: Any, tmp_path
     save_state({**load_state(path, "VAE"), part: value}, path)
     with pytest.raises(ValueError, match="is damaged: its number of epochs"):
         fit(vae(), data(), run_dir=tmp_path, resume=True, epochs=6)
+
+
+# Two at once
+
+
+def test_one_process_trains_in_a_folder(tmp_path: Path) -> None:
+    fit(vae(), data(), run_dir=tmp_path / "begun")
+    for folder, resume in (("begun", True), ("new", False)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        lock = FolderLock(tmp_path / folder)
+        held = files(tmp_path / folder)
+        with pytest.raises(ValueError, match="another process is training in"):
+            fit(vae(), data(), run_dir=tmp_path / folder, resume=resume, epochs=5)
+        assert files(tmp_path / folder) == held
+        lock.release()
+        fit(vae(), data(), run_dir=tmp_path / folder, resume=resume, epochs=5)
+        assert files(tmp_path / folder) == FILES
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from pyro_vae.runtime.files import FolderLock
+lock = FolderLock(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match="another process is training in"):
+            FolderLock(tmp_path)
+        process.kill()
+        process.wait()
+    # What a killed process leaves keeps nobody out.
+    assert (tmp_path / FolderLock.NAME).exists()
+    lock = FolderLock(tmp_path)
+    assert lock.is_held()
+    lock.release()
+    assert files(tmp_path) == set()
+
+
+class Removing(Trace_ELBO):
+    """Remove or replace the run folder at the eighth step, in the second epoch."""
+
+    def __init__(self, folder: Path, replaced: bool) -> None:
+        super().__init__()
+        self.folder, self.replaced, self.calls = folder, replaced, 0
+
+    def loss_and_grads(self, model: Any, guide: Any, *args: Any) -> float:
+        self.calls += 1
+        if self.calls == 8:
+            shutil.rmtree(self.folder)
+            if self.replaced:
+                self.folder.mkdir()
+                (self.folder / "other").write_text("")
+        return super().loss_and_grads(model, guide, *args)
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_folder_that_vanishes_is_not_made_again(replaced: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(ValueError, match="was removed or replaced while its run was training"):
+        fit(vae(), data(), run_dir=folder, loss=Removing(folder, replaced), capture=False)
+    assert files(tmp_path) == ({"run/other"} if replaced else set())
 
 
 # Losses that are not finite
