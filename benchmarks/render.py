@@ -18,7 +18,12 @@ from benchmarks.speed import likelihood
 from pyro_vae.report.markdown import markdown_table
 from pyro_vae.runtime.files import read_json, write_text
 
-DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "docs" / "settled.md")
+DOCUMENTS = (
+    ROOT / "README.md",
+    ROOT / "benchmarks" / "README.md",
+    ROOT / "docs" / "settled.md",
+    ROOT / "docs" / "reliability.md",
+)
 
 INTRODUCTION = """# Published figures, run again
 
@@ -273,6 +278,25 @@ def gold(record: dict[str, Any]) -> str:
     )
 
 
+def reliability(record: dict[str, Any]) -> str:
+    """Return what came of damaged files, full disks and kills."""
+    results = record["results"]
+    outcomes = results["damages"]["outcomes"]
+    kinds = list(dict.fromkeys(kind for counts in outcomes.values() for kind in counts))
+    rows = [[f"`{name}`", *(str(counts.get(kind, 0)) for kind in kinds)] for name, counts in outcomes.items()]
+    disks = ", ".join(f"{kind}: {count}" for kind, count in results["disks"]["outcomes"].items())
+    kills = results["kills"]
+    signals = ", ".join(f"{name} {count}" for name, count in sorted(kills["by"].items()))
+    return (
+        f"{markdown_table(['damaged file', *kinds], rows)}\n\n"
+        f"{results['damages']['count']} damaged files, cut, flipped in a bit, swapped, cast or filled with NaN; "
+        f"accepted silently or leaked: {len(results['damages']['silent_or_leaked'])}. {results['disks']['count']} "
+        f"disks that are full at a random size: {disks}. Kills: {signals}, {kills['with_a_run_to_resume']} of them "
+        f"with a run to resume; {kills['equal_to_unbroken']} of {kills['runs']} runs of `train` and `evaluate` ended "
+        f"in the bits of an unbroken one. Seed {results['seed']}. {provenance(record)}"
+    )
+
+
 def thousands(count: int) -> str:
     """Return a number in groups of three digits."""
     return f"{count:,}".replace(",", " ")
@@ -288,6 +312,7 @@ TABLES = {
     "settled": settled,
     "settled_times": settled_times,
     "gold": gold,
+    "reliability": reliability,
 }
 # Tables that share a file of results.
 FILES = {"settled_times": "settled"}

@@ -90,13 +90,8 @@ class SuperResolve:
 
 def _save(path: Path, figure: Figure | None, **arrays: torch.Tensor) -> None:
     """Write arrays, and beside them their picture if they have one."""
-
-    def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            numbers: dict[str, Any] = {name: array.cpu().numpy() for name, array in arrays.items()}
-            np.savez_compressed(file, **numbers)
-
-    write_whole(path.with_suffix(".npz"), write)
+    numbers: dict[str, Any] = {name: array.cpu().numpy() for name, array in arrays.items()}
+    write_whole(path.with_suffix(".npz"), lambda file: np.savez_compressed(file, **numbers))
     written = str(path.with_suffix(".npz"))
     if figure is not None:
         save_figure(figure, path.with_suffix(".png"))

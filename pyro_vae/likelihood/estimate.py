@@ -301,6 +301,13 @@ def _settled(record: dict[str, Any]) -> str:
     return text
 
 
+def _way_to_settle(record: dict[str, Any]) -> str:
+    """Return what to try first for data that are not settled: fitted proposals, unless they were tried."""
+    tried = {kind for kind, _ in record.get("settled", ((), 0))[0]} | ({"fitted"} if "unfit" in record else set())
+    raised = "aise the number of particles"
+    return f"Draw from fitted proposals (`proposal='auto'`), r{raised}" if tried <= {"guide", "prior"} else f"R{raised}"
+
+
 def likelihood_notes(record: dict[str, Any]) -> list[str]:
     """Return warnings for the reader of a :meth:`LogLikelihood.record`, in sentences."""
     number, notes = _numbers(record), []
@@ -313,8 +320,8 @@ def likelihood_notes(record: dict[str, Any]) -> list[str]:
     if number["share_above_threshold"] > 0:
         notes.append(
             f"Pareto k̂ is above {number['threshold']:.2f} for {100 * number['share_above_threshold']:.1f} % of the "
-            "data. Do not trust their estimates and errors; both tend to be too small. Draw from fitted proposals "
-            "(`proposal='auto'`), raise the number of particles, or anneal these data (`pv.annealed_log_likelihood`)."
+            "data. Do not trust their estimates and errors; both tend to be too small. "
+            f"{_way_to_settle(record)}, or anneal these data (`pv.annealed_log_likelihood`)."
         )
     elif _has_small_errors(record):
         notes.append(

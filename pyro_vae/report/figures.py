@@ -66,7 +66,7 @@ def image_grid(rows: list[Tensor], labels: list[str], title: str, columns: list[
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, whole or not at all."""
-    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
+    write_whole(path, lambda file: figure.savefig(file, dpi=120, format="png"))
 
 
 def loss(pair: Pair, data: AnyDataSet, metrics: list[dict[str, Any]]) -> Figure | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from pyro_vae.objectives.closed_form import has_closed_form
 from pyro_vae.pair.pair import Pair
 from pyro_vae.report.figures import FIGURES, collapse, save_figure
 from pyro_vae.report.likelihood_figures import LIKELIHOOD_FIGURES
-from pyro_vae.runtime.files import write_text
+from pyro_vae.runtime.files import write_json
 
 __all__ = [
     "COLLAPSE",
@@ -40,7 +39,7 @@ def write_loss_terms(folder: Path, pair: Pair, data: AnyDataSet) -> None:
     """Save the loss terms of some test data in ``loss_terms.json``, for a pair with a closed form."""
     if has_closed_form(pair):
         some = data.test[: max(16, VALUES // data.test[0].numel())]
-        write_text(folder / "loss_terms.json", json.dumps(loss_terms(pair, some), indent=2) + "\n")
+        write_json(folder / "loss_terms.json", loss_terms(pair, some))
 
 
 def record_likelihood(folder: Path, ll: LogLikelihood, guide: LogLikelihood | None = None) -> list[Path]:
@@ -63,7 +62,7 @@ def record_likelihood(folder: Path, ll: LogLikelihood, guide: LogLikelihood | No
             save_figure(figure, paths[-1])
     # The table last: without it a report shows no figures.
     record = likelihood_record(ll, guide)
-    write_text(folder / LIKELIHOOD, json.dumps(record, indent=2, allow_nan=False) + "\n")
+    write_json(folder / LIKELIHOOD, record)
     return paths
 
 
@@ -96,7 +95,7 @@ def write_collapse(folder: Path, pair: Pair, data: AnyDataSet) -> None:
     if (figure := collapse(report)) is not None:
         save_figure(figure, folder / "figures" / "collapse.png")
     record = {**report.record(), "noise_modules": noise_modules(pair, data.test[:2])}
-    write_text(folder / COLLAPSE, json.dumps(record, indent=2) + "\n")
+    write_json(folder / COLLAPSE, record)
 
 
 def write_figures(folder: Path, pair: Pair, data: AnyDataSet, metrics: list[dict[str, Any]]) -> list[Path]:
@@ -121,5 +120,5 @@ def write_scores(folder: Path, scores: Mapping[str, float]) -> list[str]:
     Returns:
         A line of text for each score.
     """
-    write_text(folder / SCORES, json.dumps(dict(scores), indent=2) + "\n")
+    write_json(folder / SCORES, scores)
     return [f"{name}: {value:.3f}" for name, value in scores.items()]

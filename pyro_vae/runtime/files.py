@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -11,7 +12,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
@@ -30,6 +31,7 @@ __all__ = [
     "read_json_lines",
     "read_tensors",
     "remove_unfinished",
+    "write_json",
     "write_tensors",
     "write_text",
     "write_whole",
@@ -38,50 +40,38 @@ __all__ = [
 # Name of the entry that holds the checksum of the others.
 CHECKSUM = "sha256"
 _UNFINISHED = re.compile(r"\.[0-9a-f]{8}\..")
-# What the libraries that write say of a disk without space, and of a file that may not grow.
-_FULL = re.compile("No space left|File too large|quota|unexpected pos|file write failed", re.IGNORECASE)
+# No space, a file that may not grow, a quota.
+FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file through a temporary one beside it: an interrupt leaves the old file.
 
     Args:
         path: the file.
-        write: writes the content to a path that it is given.
+        write: writes the content to memory. Libraries that write to a disk themselves have errors of their own for a
+            full one, and file modes of their own.
 
     Raises:
         OSError: if the disk is full, in one sentence.
     """
+    content = io.BytesIO()
+    write(content)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{secrets.token_hex(4)}.{path.name}")
     try:
-        # Some libraries would make a file that its owner alone may read. This one has the user's own mode.
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        write(temporary)
-        temporary.chmod(mode)
-        with temporary.open("rb") as file:
+        with temporary.open("wb") as file:
+            file.write(content.getbuffer())
+            file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        if not _is_full(error):
+    except OSError as error:
+        if error.errno not in FULL:
             raise
         left = "what it held before is intact" if path.exists() else "nothing was written"
-        # A chain of a library's own errors would say less.
         raise OSError(f"{path} cannot be written, the disk is full: {left}; free some space and go on") from None
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _is_full(error: Exception) -> bool:
-    """Whether a write failed for want of space: in the words of the operating system, of torch or of safetensors."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-        return True
-    return _FULL.search(str(error)) is not None or (error.__context__ is not None and _is_full(_context(error)))
-
-
-def _context(error: Exception) -> Exception:
-    return error.__context__ if isinstance(error.__context__, Exception) else RuntimeError()
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -178,7 +168,7 @@ def checksum(content: Any) -> str:
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write tensors by name as safetensors, with metadata and the checksum of both."""
     held = {**metadata, CHECKSUM: checksum([tensors, metadata])}
-    write_whole(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, held))
+    write_whole(path, lambda file: file.write(safetensors.torch.save(tensors, held)))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -202,19 +192,30 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def write_text(path: Path, text: str) -> None:
     """Write a text file; an interrupt leaves the old one."""
 
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    write_whole(path, write)
+    write_whole(path, lambda file: file.write(text.encode()))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
+    """Read a JSON object, without its checksum.
 
     Raises:
-        ValueError: for an absent file, and for one without a JSON object.
+        ValueError: for an absent file, for one without a JSON object, and for one that differs from its checksum.
     """
-    return _object(_text(path), str(path))
+    record = _object(_text(path), str(path))
+    expected = record.pop(CHECKSUM, None)
+    if expected is not None and expected != checksum(record):
+        raise ValueError(f'{path} is damaged, or was changed by hand: to keep a change, remove its "{CHECKSUM}"')
+    return record
+
+
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a JSON object with its checksum, by which :func:`read_json` notices damage.
+
+    Raises:
+        ValueError: for a number that is not finite, which JSON lacks.
+    """
+    held = json.loads(json.dumps(record, allow_nan=False))
+    write_text(path, json.dumps({**held, CHECKSUM: checksum(held)}, indent=2) + "\n")
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ from pyro_vae.runtime.files import (
     read_json,
     read_tensors,
     remove_unfinished,
+    write_json,
     write_tensors,
     write_text,
     write_whole,
@@ -60,6 +61,8 @@ class RunFolder:
         self._unsaved: dict[str, Any] | None = None
         self._next_save = 0.0
         self._lock: FolderLock | None = None
+        # In each file: another run's is told apart.
+        self._run = ""
 
     def seeds(self, seed: int | None) -> Seeds:
         """Return the seeds of the run to resume; a seed that is given must be its seed, which :meth:`open` checks."""
@@ -115,7 +118,7 @@ class RunFolder:
     def save_best(self, pair: Pair) -> None:
         """Save the parameters that training ends with."""
         if self.path is not None and self.processes.is_first:
-            save_parameters(pair, self.path / "checkpoint" / "pair.safetensors")
+            save_parameters(pair, self.path / "checkpoint" / "pair.safetensors", self._run)
 
     def save_failed_batch(self, rows: list[Tensor], epoch: int) -> str:
         """Save a batch whose loss is not finite, and the last epoch; return their place as a part of a sentence."""
@@ -152,6 +155,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = FolderLock(self.path)
         before = set(self.path.rglob("*"))
+        self._run = secrets.token_hex(8)
         try:
             # Another process may have begun one meanwhile.
             self._refuse_a_run()
@@ -178,6 +182,7 @@ class RunFolder:
         self._check_same(before, state["model"], identity, config)
         self._lock = FolderLock(self.path)
         remove_unfinished(self.path)
+        self._run = before.get("run", "")
         saved = self._last_state(state)
         if config["epochs"] < saved["epoch"]:
             raise ValueError(f"{self.path} holds a run of {saved['epoch']} epochs: ask for as many at least (--epochs)")
@@ -193,23 +198,33 @@ class RunFolder:
         path = self.path / "checkpoint" / "state.pt"
         previous = path.with_name(PREVIOUS)
         try:
-            return _checked(load_state(path, state["model"]), state, path)
+            return self._checked(load_state(path, state["model"]), state, path)
         except ValueError as error:
             if not previous.exists():
                 raise
             try:
-                saved = _checked(load_state(previous, state["model"]), state, previous)
+                saved = self._checked(load_state(previous, state["model"]), state, previous)
             except ValueError:
                 raise error from None
             warn_caller(f"{error}; the run goes on from the checkpoint before, of epoch {saved['epoch']}")
             return saved
 
+    def _checked(self, saved: dict[str, Any], state: dict[str, Any], path: Path) -> dict[str, Any]:
+        """Return a saved state of this run, if it has the parts of one before the first epoch and a record an epoch."""
+        if lacking := sorted(state.keys() - saved.keys()):
+            raise ValueError(f"{path} is damaged, or of another version: it has no {', '.join(lacking)}")
+        epoch, metrics = saved["epoch"], saved["metrics"]
+        if not isinstance(epoch, int) or not isinstance(metrics, list) or epoch != len(metrics):
+            raise ValueError(f"{path} is damaged: its number of epochs is {epoch!r}, and not that of its records")
+        _check_run(saved.get("run"), self._run, path)
+        return saved
+
     def _write_config(self, before: dict[str, Any], model: str, identity: Identity, config: dict[str, Any]) -> None:
         assert self.path is not None
         versions = {"pyro_vae": __version__, "torch": torch.__version__, "pyro": pyro.__version__}
         versions["python"] = platform.python_version()
-        entries = {**before, "pair": model, "fit": identity.as_json(), "versions": versions, **config}
-        write_text(self.path / "config.json", json.dumps(entries, indent=2) + "\n")
+        entries = {**before, "run": self._run, "pair": model, "fit": identity.as_json(), "versions": versions, **config}
+        write_json(self.path / "config.json", entries)
 
     def _check_same(self, before: dict[str, Any], model: str, identity: Identity, config: dict[str, Any]) -> None:
         assert self.path is not None
@@ -240,9 +255,9 @@ class RunFolder:
         path = self.path / "checkpoint" / "state.pt"
         if self.saved:
             _keep(path, path.with_name(PREVIOUS))
-        save_state(state, path)
+        save_state({**state, "run": self._run}, path)
         self.saved = state["epoch"]
-        save_tensors(state["pair"], state["model"], self.path / "checkpoint" / "pair.safetensors")
+        save_tensors(state["pair"], state["model"], self.path / "checkpoint" / "pair.safetensors", self._run)
         write_text(self.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in state["metrics"]))
         self._unsaved = None
         end = time.perf_counter()
@@ -264,13 +279,13 @@ def _remove(paths: set[Path]) -> None:
             path.rmdir() if path.is_dir() else path.unlink()
 
 
-def save_parameters(pair: Pair, path: Path) -> None:
-    """Write a pair's parameters and buffers as safetensors that name the model."""
-    save_tensors(pair.state_dict(), type(pair).__name__, path)
+def save_parameters(pair: Pair, path: Path, run: str = "") -> None:
+    """Write a pair's parameters and buffers as safetensors that name the model, and the run they are of."""
+    save_tensors(pair.state_dict(), type(pair).__name__, path, run)
 
 
-def save_tensors(values: dict[str, Tensor], model: str, path: Path) -> None:
-    """Write a state dictionary as safetensors that name the model.
+def save_tensors(values: dict[str, Tensor], model: str, path: Path, run: str = "") -> None:
+    """Write a state dictionary as safetensors that name the model, and the run they are of.
 
     Tensors that share memory, e.g. tied weights, are written once under each name: the format knows no sharing.
     """
@@ -281,7 +296,7 @@ def save_tensors(values: dict[str, Tensor], model: str, path: Path) -> None:
         if (place := tensors[name].untyped_storage().data_ptr()) in storages:
             tensors[name] = tensors[name].clone()
         storages.add(place)
-    write_tensors(path, tensors, {"format": "pyro_vae", "model": model})
+    write_tensors(path, tensors, {"format": "pyro_vae", "model": model, "run": run})
 
 
 def load_parameters(pair: Pair, path: Path) -> None:
@@ -303,8 +318,18 @@ def load_parameters(pair: Pair, path: Path) -> None:
         raise ValueError(f"{path} was not written by pyro_vae")
     if metadata.get("model") != type(pair).__name__:
         raise ValueError(f"{path} is a checkpoint of {metadata.get('model')}, not of {type(pair).__name__}")
+    if metadata.get("run"):
+        # A file that was copied out of its folder is nobody's mistake.
+        config = path.parent.parent / "config.json"
+        _check_run(metadata["run"], read_json(config).get("run") if config.is_file() else None, path)
     _check_shapes(pair.state_dict(), tensors, type(pair).__name__, path)
     pair.load_state_dict(tensors)
+
+
+def _check_run(run: str | None, folders: str | None, path: Path) -> None:
+    """Refuse a file of another run than its folder's; files of older versions name none."""
+    if run and folders and run != folders:
+        raise ValueError(f"{path} is of another run than this folder: put its own file back, or begin a new run")
 
 
 def _check_shapes(own: dict[str, Tensor], theirs: dict[str, Tensor], model: str, path: Path) -> None:
@@ -330,20 +355,10 @@ def _keep(path: Path, other: Path) -> None:
         temporary.replace(other)
 
 
-def _checked(saved: dict[str, Any], state: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Return a saved state that has the parts of one of a run before its first epoch, and as many records as epochs."""
-    if lacking := sorted(state.keys() - saved.keys()):
-        raise ValueError(f"{path} is damaged, or of another version: it has no {', '.join(lacking)}")
-    epoch, metrics = saved["epoch"], saved["metrics"]
-    if not isinstance(epoch, int) or not isinstance(metrics, list) or epoch != len(metrics):
-        raise ValueError(f"{path} is damaged: its number of epochs is {epoch!r}, and not that of its records")
-    return saved
-
-
 def save_state(state: dict[str, Any], path: Path) -> None:
     """Write a state: tensors, numbers and strings only."""
     held = {"format": "pyro_vae", **state, CHECKSUM: checksum(state)}
-    write_whole(path, lambda temporary: torch.save(held, temporary))
+    write_whole(path, lambda file: torch.save(held, file))
 
 
 def load_state(path: Path, model: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from pyro_vae.data import DataSet
 from pyro_vae.likelihood.estimate import likelihood_rows
 from pyro_vae.likelihood.saved_chunks import SavedChunks
 from pyro_vae.report.files import likelihood_record
+from pyro_vae.runtime.files import read_json
 from pyro_vae.training.fit import fit
 from pyro_vae.training.run_folder import load_state
 from tests.support.cli_cases import SMALL, error
@@ -66,7 +67,7 @@ def test_terminal_and_report_show_one_table(capsys: pytest.CaptureFixture[str]) 
     capsys.readouterr()
     assert main(["evaluate", "run", "--num-particles", "30"]) == 0
     shown, report = capsys.readouterr().out, Path("run/report.md").read_text()
-    for label, value in likelihood_rows(json.loads(Path("run/log_likelihood.json").read_text())):
+    for label, value in likelihood_rows(read_json(Path("run/log_likelihood.json"))):
         assert f"| {label} | {value} |" in report
         assert label in shown
         assert value in shown
@@ -101,7 +102,7 @@ def test_an_interrupted_evaluation_is_continued_by_the_same_command(
     pair, _ = load_run(Path("run"))
     unbroken = pv.log_likelihood(pair, few_digits.test, num_particles=30, seed=0)
     guide = pv.log_likelihood(pair, few_digits.test, num_particles=30, seed=0, proposal="guide")
-    assert json.loads(Path("run/log_likelihood.json").read_text()) == likelihood_record(unbroken, guide)
+    assert read_json(Path("run/log_likelihood.json")) == likelihood_record(unbroken, guide)
 
 
 @pytest.mark.usefixtures("few_digits")

@@ -21,6 +21,7 @@ from pyro_vae.cli.recipes.vae import VAERecipe
 from pyro_vae.cli.recipes.vgae import VGAERecipe
 from pyro_vae.cli.runs import load_run
 from pyro_vae.data import DataSet
+from pyro_vae.runtime.files import read_json
 from pyro_vae.training.run_folder import load_state, save_parameters
 from tests.support.cli_cases import SMALL, error
 
@@ -55,7 +56,7 @@ def test_a_graph_is_trained_scored_and_evaluated(
     write_network(tmp_path)
     root, arguments = ("--data-root", str(tmp_path)), ("train", "vgae", "--latent", "4", features)
     assert main([*arguments, *root, "--epochs", "100", "--lr", "0.02", "--run-dir", "run"]) == 0
-    shown, scores = capsys.readouterr().out, json.loads(Path("run/scores.json").read_text())
+    shown, scores = capsys.readouterr().out, read_json(Path("run/scores.json"))
     # Links within cliques, and none between: every held-out link is above every unlinked pair.
     assert scores == pytest.approx(dict.fromkeys(scores, 1.0), rel=1e-12)
     assert {"AUC, test links", "average precision, validation links"} <= set(scores)

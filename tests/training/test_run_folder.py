@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyro
 import pytest
@@ -153,7 +153,8 @@ def test_a_folder_of_version_0_1_0_is_resumed(tmp_path: Path) -> None:
     fit(first, data(), epochs=2, warmup=3, run_dir=tmp_path)
     config = read_json(tmp_path / "config.json")
     assert sorted(config["fit"]) == sorted(FIT_OF_0_1_0)
-    assert set(config) == {"pair", "fit", "versions", "epochs"}
+    assert set(config) == {"run", "pair", "fit", "versions", "epochs"}
+    del config["run"]
     described = {"loss": "Trace_ELBO(num_particles=1)", "scheduler": None, "precision": "float64", "processes": 1}
     described |= {"validation": "none", "clip_norm": None, "patience": None, "warmup": 3, "tf32": False}
     assert {name: config["fit"][name] for name in described} == described
@@ -161,8 +162,8 @@ def test_a_folder_of_version_0_1_0_is_resumed(tmp_path: Path) -> None:
     config["versions"]["pyro_vae"] = "0.1.0"
     (tmp_path / "config.json").write_text(json.dumps(config))
     saved = torch.load(tmp_path / "checkpoint" / "state.pt", weights_only=True)
-    # Which has no checksum.
-    assert sorted(saved) == sorted([*STATE_OF_0_1_0, "sha256"])
+    # Which has no checksum and no run.
+    assert sorted(saved) == sorted([*STATE_OF_0_1_0, "run", "sha256"])
     torch.save({name: saved[name] for name in STATE_OF_0_1_0}, tmp_path / "checkpoint" / "state.pt")
     resumed = fit(second, data(), epochs=4, warmup=3, run_dir=tmp_path, resume=True)
     assert same(state(second), state(whole))
@@ -320,6 +321,22 @@ def test_a_damaged_checkpoint_costs_an_epoch(damage: str, tmp_path: Path, monkey
     assert same(state(second), state(whole))
     assert without_time(resumed.metrics) == without_time(unbroken.metrics)
     assert load_state(path, "VAE")["epoch"] == 6
+
+
+def test_files_of_another_run_are_refused(tmp_path: Path) -> None:
+    ours, theirs = tmp_path / "ours" / "checkpoint", tmp_path / "theirs" / "checkpoint"
+    for folder in (ours, theirs):
+        fit(vae(), data(), run_dir=folder.parent)
+    for name in ("state.pt", "pair.safetensors"):
+        shutil.copy(theirs / name, ours / name)
+    (ours / PREVIOUS).unlink(missing_ok=True)
+    with pytest.raises(ValueError, match=r"state\.pt is of another run than this folder"):
+        fit(vae(), data(), run_dir=ours.parent, resume=True, epochs=6)
+    with pytest.raises(ValueError, match=r"pair\.safetensors is of another run than this folder"):
+        load_parameters(vae(), ours / "pair.safetensors")
+    # Alone, it is a file of parameters.
+    shutil.copy(theirs / "pair.safetensors", tmp_path / "p")
+    load_parameters(vae(), tmp_path / "p")
 
 
 def test_damaged_parameters_are_named_and_written_again(tmp_path: Path) -> None:
@@ -498,8 +515,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     write_text(path, "old")
 
-    def fail(temporary: Path) -> None:
-        temporary.write_text("half")
+    def fail(file: BinaryIO) -> None:
+        file.write(b"half")
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
