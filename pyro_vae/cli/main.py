@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -59,6 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0; 1 for a lost process; 2 for a mistake of the user's; 130 for an interrupt.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A locale may lack the letters of a table: a question mark is better than no table.
+            stream.reconfigure(errors="replace")
     command = _parse(arguments)
     with _terminable() as ignore_sigterm:
         try:

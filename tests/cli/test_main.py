@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -318,3 +320,15 @@ def test_a_weight_of_the_losss_own_is_not_reported_as_beta(few_digits: DataSet) 
     assert "beta_elbo(4)" in report
     assert "β = 1" not in report
     assert "β of unit noise" not in report
+
+
+@pytest.mark.parametrize("locale", ["C", "POSIX"])
+def test_a_locale_without_our_letters_shows_tables(locale: str) -> None:
+    # Coercion to UTF-8 off, as under locales that Python does not coerce.
+    plain = {"LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "pyro_vae", "list"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONIOENCODING"} | plain
+    done = subprocess.run(command, env=environment, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"srvae" in done.stdout
+    assert done.stdout.isascii()
