@@ -66,6 +66,8 @@ class Options:
 def main(options: Options) -> None:
     """Break, count and save."""
     torch.set_num_threads(1)
+    # A process in the background of a shell ignores it, and its children would.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # Each epoch is saved: there is a checkpoint before the last.
     run_folder.SHARE_OF_SAVING = 1.0
     started, chance = time.perf_counter(), random.Random(options.seed)
