@@ -54,6 +54,10 @@ def compile_graph(
         options["cpp_wrapper"] = on_cpu and not raises
         with torch.no_grad(), config.patch(options), _unsaid("c-shim"):
             run = standalone_compile(_compilable(graph), [*inputs], dynamic_shapes="from_example_inputs")
+        if on_cpu:
+            # A compiler that is content may still have made what cannot run here.
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                run(*map(_copied, inputs))
         cached = counters["inductor"]["fxgraph_cache_hit"] > before
         tell(f"compiled in {time.perf_counter() - start:.1f} s{', from the cache on disk' if cached else ''}")
         return run
@@ -61,6 +65,12 @@ def compile_graph(
         reason = str(error).split("\n")[0].strip() or type(error).__name__
         warn_caller(f"the recorded step is replayed uncompiled: {reason}")
         return None
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """Return a copy of the same layout; the tensor itself if it has gaps or overlaps: data may, and are only read."""
+    copied = tensor.clone()
+    return copied if copied.stride() == tensor.stride() else tensor
 
 
 @contextmanager

@@ -258,13 +258,19 @@ class _CapturedStep:
             self.initialising, self.watched = False, None
             return None
         except CaptureError as error:
-            whose = f"{name_of(self.loss)} of {type(self.pair).__name__}"
-            raise CaptureError(f"{whose} is not recorded: {error}") from error
+            raise CaptureError(f"{self._whose()} is not recorded: {error}") from error
+        except RuntimeError as error:
+            # torch's own, on tensors without values. An eager step shows whether the pair has a fault.
+            reason = str(error).splitlines()[:1] or [type(error).__name__]
+            raise CaptureError(f"{self._whose()} is not recorded: {reason[0]}") from error
         if compiled:
             self.largest = len(batch[0])
             captured = self._compiled(captured, inputs)
         self.found[signature] = captured
         return captured
+
+    def _whose(self) -> str:
+        return f"{name_of(self.loss)} of {type(self.pair).__name__}"
 
     def _compiled(self, captured: _Captured, inputs: tuple[Tensor, ...]) -> _Captured:
         given = [tensor.detach() for tensor in (*self.state.tensors(), *inputs)]

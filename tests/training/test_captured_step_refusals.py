@@ -263,6 +263,50 @@ def test_without_a_compiler_it_replays_as_it_is(monkeypatch: pytest.MonkeyPatch)
     assert_same(ours, run(eager_step, pair, Trace_ELBO(), batches(pair), betas=(0.5, 1.0)))
 
 
+def broken(*_: Any) -> Any:
+    raise RuntimeError("could not create a primitive descriptor\nand more")
+
+
+FAULTS: dict[str, tuple[str, Any, str]] = {
+    "products": (
+        "pyro_vae.capture.onednn.through_onednn",
+        lambda _: broken,
+        "matmuls are left to torch, oneDNN refused them: could not create a primitive descriptor",
+    ),
+    "compiler": (
+        "torch._inductor.standalone_compile",
+        broken,
+        "replayed uncompiled: could not create a primitive descriptor",
+    ),
+    "compiled program": (
+        "torch._inductor.standalone_compile",
+        lambda *_, **__: broken,
+        "replayed uncompiled: could not create a primitive descriptor",
+    ),
+    "recording": (
+        "pyro_vae.training.captured_step.record",
+        lambda *_, **__: broken(),
+        "trains by eager steps, .*: Trace_ELBO.* is not recorded: could not create a primitive descriptor",
+    ),
+}
+
+
+@pytest.mark.parametrize("stage", FAULTS)
+def test_a_stage_that_fails_leaves_the_step_to_the_one_below(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = small_vae()
+    theirs = run(eager_step, pair, Trace_ELBO(), batches(pair))
+    place, fault, words = FAULTS[stage]
+    if stage == "compiler":
+        monkeypatch.setattr(place, lambda *_, **__: fault())
+    else:
+        monkeypatch.setattr(place, fault)
+    with pytest.warns(UserWarning, match=words) as seen:
+        ours = run(captured_step, pair, Trace_ELBO(), batches(pair), compiled=True, strict=False)
+    assert len(seen) == 1
+    # Where another stage still compiles, it rounds otherwise.
+    assert_same(ours, theirs, rtol=1e-5)
+
+
 class Weighted(nn.Linear):
     weight_of_all = 1.0
 
