@@ -309,7 +309,8 @@ def _outcome(read: Callable[[Folder], list[Tensor]], folder: Folder, expected: l
 
 
 @contextmanager
-def _room(size: int) -> Iterator[None]:
+def room(size: int) -> Iterator[None]:
+    """Let no file grow beyond a size, as on a disk that is full."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -332,7 +333,7 @@ def full_disks(count: int, chance: random.Random, folder: Path) -> dict[str, Any
         size = chance.randrange(2 * largest)
         names = {path.relative_to(kept) for path in kept.rglob("*")}
         try:
-            with _room(size):
+            with room(size):
                 run.resumed()
             outcome = "there was room"
         except OSError as error:

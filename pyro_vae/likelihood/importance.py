@@ -57,8 +57,9 @@ def log_likelihood(
 
     A pilot run looks whether the guide settles a datum. If not, the proposal r has Gaussians fitted at the modes of its
     posterior, see :class:`~pyro_vae.likelihood.fitting.mixture.MixtureProposal`. If their pilot fails too, chains are
-    annealed from them to the posterior. The pilots' draws are thrown away. ``proposal="guide"`` draws from the guide
-    alone: the literature's protocol, by which published figures are compared.
+    annealed from them to the posterior. The pilots' draws are thrown away. A mode of which neither the guide's nor the
+    prior's draws have a trace is missed, and no k̂ shows it. ``proposal="guide"`` draws from the guide alone: the
+    literature's protocol, by which published figures are compared.
 
     The pair runs in evaluation mode; the pair and the caller's random state are left as they were. Log-densities are
     summed over entries, sites and particles in float64.

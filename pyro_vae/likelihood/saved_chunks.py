@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from pyro_vae._version import __version__
 from pyro_vae.inspection import Inspection
 from pyro_vae.likelihood.weights import WeightSummary
-from pyro_vae.runtime.files import read_tensors, write_tensors
+from pyro_vae.runtime.files import checksum, read_tensors, write_tensors
 
 __all__ = ["SavedChunks", "evaluation_key"]
 
@@ -31,19 +28,8 @@ def evaluation_key(inspection: Inspection, batch: tuple[Tensor, ...], settings: 
         settings: name of the proposal, K, seed and so on.
     """
     pair, terms = inspection.pair, inspection.trace.terms
-    digest = hashlib.sha256(repr((FORMAT, __version__, type(pair).__qualname__, *settings)).encode())
-    named: Iterable[tuple[str, Tensor]] = [
-        *pair.state_dict().items(),
-        *((f"batch {i}", tensor) for i, tensor in enumerate(batch)),
-        ("log_lik", terms.log_lik),
-        ("log_prior", terms.log_prior),
-        ("log_guide", terms.log_guide),
-    ]
-    for name, tensor in named:
-        digest.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(flat.numpy().data)
-    return digest.hexdigest()
+    densities = [terms.log_lik, terms.log_prior, terms.log_guide]
+    return checksum([FORMAT, __version__, type(pair).__qualname__, settings, pair.state_dict(), batch, densities])
 
 
 class SavedChunks:

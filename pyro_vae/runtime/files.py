@@ -191,7 +191,6 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file; an interrupt leaves the old one."""
-
     write_whole(path, lambda file: file.write(text.encode()))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from numbers import Real
 from os import PathLike
@@ -211,17 +211,14 @@ def fit(
     if shows and in_bfloat16:
         error_console.print(f"a matmul in bfloat16 takes {share_of_bfloat16(target):.2f} of its time in float32 here")
     steps = _steps(trainer, loss, capture, error_console.print if shows else None)
-    with own_random_state(processes.seed(seeds.run), trainer.device):
-        try:
-            state = folder.open(trainer.state(), identity, {"epochs": epochs, **(config or {})}, resume=resume)
-            if state is not None:
-                trainer.restore(state)
-            # Before the first step: a run that breaks off has used its seed too.
-            remember_seeds(pair, seeds)
-            remember_kept(pair, trainer.kept)
-            _train(trainer, steps, folder, epochs, shows)
-        finally:
-            folder.close()
+    with closing(folder), own_random_state(processes.seed(seeds.run), trainer.device):
+        state = folder.open(trainer.state(), identity, {"epochs": epochs, **(config or {})}, resume=resume)
+        if state is not None:
+            trainer.restore(state)
+        # Before the first step: a run that breaks off has used its seed too.
+        remember_seeds(pair, seeds)
+        remember_kept(pair, trainer.kept)
+        _train(trainer, steps, folder, epochs, shows)
     pair.eval()
     return Run(pair, trainer.metrics, folder.path)
 

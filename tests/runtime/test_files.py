@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import resource
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.accuracy.reliability import room
 from pyro_vae.runtime.files import (
     checksum,
     read_tensors,
@@ -76,17 +74,6 @@ def test_no_flipped_bit_changes_a_state_unnoticed(tmp_path: Path) -> None:
             assert {name: checksum(state[name]) for name in STATE} == {name: checksum(STATE[name]) for name in STATE}
     assert expected == checksum(STATE)
     assert refused > 0
-
-
-@contextmanager
-def room(size: int) -> Iterator[None]:
-    """Let no file grow beyond a size, as on a disk that is full."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 MIB = torch.zeros(2**18, dtype=torch.float32)

@@ -192,22 +192,33 @@ class Auto(Choice):
         with torch.inference_mode(False), torch.no_grad():
             datum = tuple(tensor.clone() for tensor in datum)
             draws = self.density.draws(datum)
-            modes = find_modes(self.density, datum, draws)
-            alone, guide = self._guide(datum, draws)
-            kept = alone._replace(num_particles=self.draws(guide))
-            if not modes or (len(modes) == 1 and guide.shape <= ENOUGH):
-                return kept
-            best, pilot = self._fitted(datum, modes)
-            if len(modes) == 1 and guide.shape <= pilot.shape:
-                # With several modes no weight of the guide's draws tells of one that it does not know.
-                return kept
-            if pilot.shape > trust_threshold(PILOT):
-                if pilot.shape > LOST or not pilot.log_mean > guide.log_mean - CLEAR:
-                    # The components miss what the guide finds; chains from them would, too. If there are several, the
-                    # guide misses some of them in turn, and its weights do not tell.
-                    return kept if len(modes) == 1 else kept._replace(least_shape=pilot.shape)
-                return Chosen(self.annealed, best, SOURCES.index("annealed"), min(self.num_particles, CHAINS))
-            return Chosen(self.mixture, best, SOURCES.index("fitted"), self.draws(pilot))
+            search = find_modes(self.density, datum, draws)
+            chosen = self._chosen(datum, draws, search.modes)
+            # Weights do not tell of modes that no draw comes near.
+            return chosen if search.is_whole else chosen._replace(least_shape=math.inf)
+
+    def _chosen(self, datum: tuple[Tensor, ...], draws: Draws, modes: list[Mode]) -> Chosen:
+        """Return the proposal of a datum with these modes."""
+        alone, guide = self._guide(datum, draws)
+        kept = alone._replace(num_particles=self.draws(guide))
+        if not modes:
+            return kept
+        # A guide misses a mode of whose density its own draws know nothing.
+        is_one = len(modes) == 1 and not modes[0].log_evidence > guide.log_mean + CLEAR
+        if is_one and guide.shape <= ENOUGH:
+            return kept
+        best, pilot = self._fitted(datum, modes)
+        # Its weights do not tell of a mode that it does not know.
+        is_one = len(modes) == 1 and not pilot.log_mean > guide.log_mean + CLEAR
+        if is_one and guide.shape <= pilot.shape:
+            return kept
+        if pilot.shape > trust_threshold(PILOT):
+            if pilot.shape > LOST or not pilot.log_mean > guide.log_mean - CLEAR:
+                # The components miss what the guide finds; chains from them would, too. The guide misses what they
+                # find in turn.
+                return kept if is_one else kept._replace(least_shape=pilot.shape)
+            return Chosen(self.annealed, best, SOURCES.index("annealed"), min(self.num_particles, CHAINS))
+        return Chosen(self.mixture, best, SOURCES.index("fitted"), self.draws(pilot))
 
     def nbytes(self, datum: tuple[Tensor, ...]) -> int:
         with torch.inference_mode(False), torch.no_grad():
